@@ -1,0 +1,36 @@
+"""Quant-Trim on ONNX alone: one float checkpoint that stays accurate on every low-bit back end.
+
+The whole job is `trim`; the other names are its stages, in order.
+"""
+
+__version__ = "0.1.0"
+
+from onnxqt.errors import OnnxqtError
+from onnxqt.model import Model, ingest
+from onnxqt.pipeline import Reference, Settings, Source, evaluate, export, prepare, record_ranges, trim
+from onnxqt.plan import QuantPlan, make_plan
+from onnxqt.report import Report
+from onnxqt.schemes import DEFAULT_SCHEMES, Scheme, parse_scheme
+from onnxqt.verify import Verdict, verify
+
+__all__ = [
+    "DEFAULT_SCHEMES",
+    "Model",
+    "OnnxqtError",
+    "QuantPlan",
+    "Reference",
+    "Report",
+    "Scheme",
+    "Settings",
+    "Source",
+    "Verdict",
+    "evaluate",
+    "export",
+    "ingest",
+    "make_plan",
+    "parse_scheme",
+    "prepare",
+    "record_ranges",
+    "trim",
+    "verify",
+]

@@ -1,0 +1,399 @@
+"""The command line: the only module that prints, exits, or imports click.
+
+Results go to standard output (as JSON with --json), everything else to standard error.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 the emulator contradicts an exported file.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from onnxqt import __version__
+from onnxqt.calibrate import RANGE_METHODS, RangeMethod, RangeTable, make_quantizers
+from onnxqt.data import InputSpec, fixed_batch, open_samples
+from onnxqt.emulate import load_program
+from onnxqt.errors import OnnxqtError
+from onnxqt.export import make_folder, neutral_table, write_json
+from onnxqt.metrics import Tally
+from onnxqt.model import GraphIndex, ingest
+from onnxqt.pipeline import (
+    EVALUATION_BATCH,
+    Settings,
+    Source,
+    prepare,
+    record_ranges,
+)
+from onnxqt.pipeline import export as export_files
+from onnxqt.pipeline import trim as run_trim
+from onnxqt.plan import IntegerNode, make_plan
+from onnxqt.runtime import Session
+from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
+
+MODEL = click.Path(path_type=Path)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Commands(click.Group):
+    """Turns the package's errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnnxqtError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted: files already written are complete.", err=True)
+            ctx.exit(1)
+
+
+class _Bar:
+    """Progress on standard error; silent where that is not a terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "_Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Finish the bar of the stage before and start another."""
+        self._finish()
+        self._task = self._bar.add_task(name, total=total, note="")
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, note=note)
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            total = self._bar.tasks[self._task].total
+            self._bar.update(self._task, total=total or 1, completed=total or 1)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_DATA = click.option("--data", type=MODEL, required=True, help="Samples: a directory of .npz or .npy files.")
+_SCHEMES = click.option(
+    "--scheme",
+    "schemes",
+    multiple=True,
+    metavar="ID",
+    help="w{2..8}a{4,8}-{sym,asym}-{pt,pc}, repeatable. Default: w{8,4}a8-{sym,asym}-{pt,pc}.",
+)
+_RANGES = click.option(
+    "--ranges",
+    type=click.Choice(RANGE_METHODS),
+    default="mse",
+    show_default=True,
+    help="How clips are chosen.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_OUT = click.option("--out", type=MODEL, help="Run directory.  [default: MODEL-onnxqt]")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="onnxqt")
+def main() -> None:
+    """Make any ONNX model accurate on low-bit hardware, without its framework."""
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+@click.option("--eval", "evaluation", type=MODEL, help="Samples for the report.  [default: a held-out part of --data]")
+@click.option("--steps", type=int, default=Settings.steps, show_default=True, help="Training updates; 0 for none.")
+@click.option("--batch-size", type=int, default=Settings.batch_size, show_default=True, help="Samples per update.")
+@click.option("--lr", type=float, default=Settings.learning_rate, show_default=True, help="Peak learning rate.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Order of samples and schemes.")
+@click.option(
+    "--loss",
+    type=click.Choice(["auto", "distill", "cross-entropy"]),
+    default="auto",
+    show_default=True,
+    help="auto: cross-entropy if --data has labels, else distillation from the model itself.",
+)
+def trim(
+    model: Path,
+    data: Path,
+    evaluation: Path | None,
+    out: Path | None,
+    schemes: Sequence[str],
+    as_json: bool,
+    **rest: Any,
+) -> None:
+    r"""Fine-tune MODEL and write its checkpoint, quantized files, table and report.
+
+    \b
+    Example:
+        onnxqt trim model.onnx --data calib/ --eval eval/
+    """
+    settings = _settings(
+        schemes,
+        steps=rest["steps"],
+        batch_size=rest["batch_size"],
+        learning_rate=rest["lr"],
+        seed=rest["seed"],
+        loss=rest["loss"],
+        ranges=rest["ranges"],
+    )
+    folder = out or Path(f"{model.stem}-onnxqt")
+    with _Bar() as bar:
+        report = run_trim(model, data, evaluation, folder, settings, bar)
+    if as_json:
+        _print_json(report.content)
+        return
+    content = report.content
+    share = "top-1 %" if "top1" in content["float"]["metrics"] else "agreement with the original, %"
+    title = f"{model.name}: {share}; float {_percent(content['float'])}, checkpoint {_percent(content['checkpoint'])}"
+    _print_table(title, report.summary())
+    training = content["training"]
+    click.echo(
+        f"{training['steps']} steps in {training['seconds']:.0f} s ({training['step_ms_median']:.0f} ms each), "
+        f"best after {training['best_step']}; everything is in {folder}/"
+    )
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@_JSON
+def inspect(model: Path, as_json: bool) -> None:
+    r"""Show what MODEL contains, what will be quantized, and what not and why. Needs no data.
+
+    \b
+    Example:
+        onnxqt inspect model.onnx
+    """
+    ingested = ingest(model)
+    plan = make_plan(ingested)
+    graph = ingested.graph
+    content: dict[str, Any] = {
+        "sha256": ingested.sha256,
+        "opset": ingested.opset,
+        "inputs": _values(graph, graph.inputs),
+        "outputs": _values(graph, graph.outputs),
+        "changes": list(ingested.changes),
+        "operators": dict(Counter(node.op_type for node in graph.nodes).most_common()),
+        "integer_nodes": [
+            {"node": node.name, "op_type": node.op_type, "fused": list(node.followers)} for node in plan.integer_nodes
+        ],
+        "float_nodes": [
+            {"node": node.name, "op_type": node.op_type, "reason": node.reason} for node in plan.float_nodes
+        ],
+        "quantized_tensors": [site.tensor for site in plan.activations],
+        "quantized_weights": [{"tensor": site.tensor, "axis": site.axis} for site in plan.weights],
+    }
+    if as_json:
+        _print_json(content)
+        return
+    for direction in ("inputs", "outputs"):
+        for value in content[direction]:
+            click.echo(f"{direction[:-1]:7} {value['name']} {value['dtype']} {value['shape']}")
+    for change in ingested.changes:
+        click.echo(f"change  {change}")
+    _print_table("integer nodes", [("node", "operator", "fused behind it"), *_integer_rows(plan.integer_nodes)])
+    floats = Counter((node.op_type, node.reason) for node in plan.float_nodes)
+    rows = [(op, str(count), reason) for (op, reason), count in floats.most_common()]
+    _print_table("float nodes", [("operator", "count", "reason"), *rows])
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+def calibrate(
+    model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
+) -> None:
+    r"""Record the range of every tensor of MODEL and write the neutral table.
+
+    \b
+    Example:
+        onnxqt calibrate model.onnx --data calib/ --ranges percentile
+    """
+    settings = _settings(schemes, ranges=ranges)
+    folder = make_folder(out or Path(f"{model.stem}-onnxqt"))
+    source, table = _calibrated(model, data, settings)
+    quantizers = {
+        str(scheme): make_quantizers(source.model, source.plan, table, scheme, ranges) for scheme in settings.schemes
+    }
+    content = neutral_table(source.model, source.plan, table, quantizers)
+    write_json(folder / "table.json", content)
+    if as_json:
+        _print_json(content)
+        return
+    rows = [
+        (entry["name"], entry["role"], f"{entry['min']:.5g}", f"{entry['max']:.5g}")
+        for entry in content["tensors"]
+        if entry["role"] != "bias"
+    ]
+    _print_table(f"{table.samples} samples", [("tensor", "role", "min", "max"), *rows])
+    click.echo(f"wrote {folder / 'table.json'}")
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+def export(
+    model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
+) -> None:
+    r"""Write the quantized files and the table of MODEL as it is, without training.
+
+    \b
+    Example:
+        onnxqt export checkpoint.onnx --data calib/ --scheme w8a8-sym-pc
+    """
+    settings = _settings(schemes, ranges=ranges)
+    folder = make_folder(out or Path(f"{model.stem}-onnxqt"))
+    source, table = _calibrated(model, data, settings)
+    with _Bar() as bar:
+        exported = export_files(source, source.model, table, settings, folder, bar)
+    content = {
+        name: {
+            "max_lsb": scheme.verdict.max_lsb,
+            "mismatch_fraction": scheme.verdict.mismatch_fraction,
+            "integer_kernels": scheme.verdict.integer_kernels,
+        }
+        for name, scheme in exported.items()
+    }
+    if as_json:
+        _print_json(content)
+        return
+    header = ("scheme", "max LSB", "differing codes", "integer kernels")
+    rows = [
+        (name, str(row["max_lsb"]), f"{row['mismatch_fraction']:.2%}", str(row["integer_kernels"]))
+        for name, row in content.items()
+    ]
+    _print_table("emulator against ONNX Runtime", [header, *rows])
+    click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.argument("file", type=MODEL)
+@_options(_DATA, _JSON)
+@click.option("--reference", type=MODEL, help="Float model to compare with.")
+def emulate(file: Path, data: Path, reference: Path | None, as_json: bool) -> None:
+    r"""Run the quantized FILE in integer arithmetic.
+
+    \b
+    Example:
+        onnxqt emulate schemes/w8a8-sym-pc.onnx --data eval/ --reference checkpoint.onnx
+    """
+    program = load_program(file)
+    specs = [InputSpec(name, np.dtype(dtype), shape or ()) for name, (dtype, shape) in program.inputs.items()]
+    samples = open_samples(data, specs)
+    compare = Session(reference).run if reference else program.run
+    tallies = {name: Tally() for name in program.outputs}
+    fixed = fixed_batch(specs)
+    with _Bar() as bar:
+        bar.stage("emulate", samples.count)
+        for batch in samples.batches(fixed or EVALUATION_BATCH, pad=fixed is not None):
+            outputs, expected, real = program.run(batch.inputs), compare(batch.inputs), len(batch.index)
+            for name, tally in tallies.items():
+                tally.add(outputs[name][:real], expected[name][:real], batch.labels)
+            bar.advance(next(iter(tallies.values())).samples)
+    content = {
+        "outputs": {
+            name: {"metrics": tally.metrics(), "fidelity": tally.fidelity() if reference else None}
+            for name, tally in tallies.items()
+        },
+        "integer_nodes": len(program.integer_nodes),
+        "float_nodes": [{"node": n, "op_type": op, "reason": why} for n, op, why in program.float_nodes],
+    }
+    if as_json:
+        _print_json(content)
+        return
+    header = ("output", "top-1 %", "agreement %", "SNR dB", "cosine")
+    rows = [(name, *_emulated(tally, reference is not None)) for name, tally in tallies.items()]
+    _print_table(f"{samples.count} samples in integer arithmetic", [header, *rows])
+    _print_table("float nodes", [("node", "operator", "reason"), *program.float_nodes])
+
+
+def _emulated(tally: Tally, compared: bool) -> tuple[str, ...]:
+    fidelity, metrics = tally.fidelity(), tally.metrics()
+    top1 = f"{100 * metrics['top1']:.2f}" if "top1" in metrics else "-"
+    if not compared:
+        return (top1, "-", "-", "-")
+    agreement, snr, cosine = (fidelity[key] for key in ("agreement", "snr_db", "cosine"))
+    return (
+        top1,
+        "-" if agreement is None else f"{100 * agreement:.2f}",
+        "exact" if snr is None else f"{snr:.1f}",
+        "-" if cosine is None else f"{cosine:.6f}",
+    )
+
+
+def _settings(schemes: Sequence[str], **rest: Any) -> Settings:
+    chosen = tuple(dict.fromkeys(parse_scheme(name) for name in schemes)) or DEFAULT_SCHEMES
+    return Settings(schemes=chosen, **rest)
+
+
+def _calibrated(model: Path, data: Path, settings: Settings) -> tuple[Source, RangeTable]:
+    with _Bar() as bar:
+        source = prepare(model, data, None, settings)
+        return source, record_ranges(source, source.model, bar)
+
+
+def _percent(outcome: dict[str, Any]) -> str:
+    return f"{100 * next(iter(outcome['metrics'].values())):.2f}" if outcome["metrics"] else "-"
+
+
+def _values(graph: GraphIndex, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"name": name, "dtype": str(graph.dtype(name)), "shape": _shape(graph, name)} for name in names]
+
+
+def _shape(graph: GraphIndex, name: str) -> list[int | str] | None:
+    shape = graph.shape(name)
+    return None if shape is None else ["?" if size is None else size for size in shape]
+
+
+def _integer_rows(nodes: Sequence[IntegerNode]) -> list[tuple[str, ...]]:
+    return [(node.name, node.op_type, ", ".join(node.followers)) for node in nodes]
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; the first row is its header. Nothing is printed for a table without rows."""
+    if len(rows) < 2:
+        return
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)

@@ -1,0 +1,147 @@
+"""One quantized ONNX file per scheme: QuantizeLinear/DequantizeLinear around every integer node.
+
+Weights and biases are stored as integers with a DequantizeLinear behind them; an activation has one pair,
+whoever reads it. The pair of a graph output produces the output itself.
+
+Activations of fewer than 8 bits are 8-bit codes with an integer Clip between the pair (the QCDQ form of
+Brevitas), not INT4: ONNX Runtime 1.19 drops a Relu in front of an INT4 QuantizeLinear, refuses a Clip there, and
+moves INT4 codes into operators that do not take them. The 8-bit form means the same and runs on integer kernels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxqt.calibrate import Quantizers, bias_scale
+from onnxqt.errors import ExportError
+from onnxqt.model import Model, convert_opset, finish
+from onnxqt.numerics import Array, Grid, QParams, quantize
+from onnxqt.plan import IntegerNode, QuantPlan, WeightSite
+
+INT4_OPSET = 21  # the first whose QuantizeLinear knows INT4 and UINT4
+_BIAS_GRID = Grid(32, signed=True)
+
+
+def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> onnx.ModelProto:
+    """The QDQ form of a float model.
+
+    Weights of at most 4 bits are INT4, which takes opset 21, others INT8; odd widths use a narrower range of
+    their type. A model that multiplies two activations stays below opset 21, with INT8 storage for all weights:
+    ONNX Runtime 1.19 has no integer MatMul kernel for opset 21 and fails on such a file.
+    """
+    proto = model.proto
+    int4 = any(params.grid.bits <= 4 for params in quantizers.weights.values())
+    if any(_becomes_integer_matmul(node, quantizers) for node in plan.integer_nodes):
+        int4 = False
+        if model.opset >= INT4_OPSET:
+            proto = convert_opset(proto, INT4_OPSET - 1)
+    elif int4 and model.opset < INT4_OPSET:
+        proto = convert_opset(proto, INT4_OPSET)
+    graph = gs.import_onnx(proto)
+    for node in plan.integer_nodes:
+        _quantize_bias(graph, node, quantizers)
+    for weight in plan.weights:
+        _quantize_weight(graph, weight, quantizers.weights[weight.tensor], int4)
+    for site in plan.activations:
+        _quantize_activation(graph, site.tensor, quantizers.activations[site.tensor])
+    graph.cleanup().toposort()
+    quantized = finish(graph)
+    try:
+        onnx.checker.check_model(quantized)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the quantized graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+    return quantized
+
+
+def _becomes_integer_matmul(node: IntegerNode, quantizers: Quantizers) -> bool:
+    """Whether ONNX Runtime fuses a node into QLinearMatMul: MatMul without 4-bit weights."""
+    if node.op_type != "MatMul":
+        return False
+    return node.weight is None or quantizers.weights[node.weight.tensor].grid.bits > 4
+
+
+def _quantize_activation(graph: gs.Graph, name: str, params: QParams) -> None:
+    source = graph.tensors()[name]
+    result = gs.Variable(f"{name}.dequantized", np.float32, source.shape)
+    _redirect(list(source.outputs), source, result)
+    if any(source is output for output in graph.outputs):
+        # The user's name belongs to what the user sees: the dequantized values.
+        graph.outputs = [result if output is source else output for output in graph.outputs]
+        source.name, result.name = f"{name}.float", name
+    scale = gs.Constant(f"{name}.scale", np.asarray(params.scale, np.float32))
+    kind = TensorProto.INT8 if params.grid.signed else TensorProto.UINT8
+    zero_point = _stored(f"{name}.zero_point", params.zero_point, kind)
+    wide = gs.Variable(f"{name}.codes")
+    graph.nodes.append(
+        gs.Node("QuantizeLinear", f"{name}.quantize", inputs=[source, scale, zero_point], outputs=[wide])
+    )
+    codes = wide if params.grid.bits == 8 else gs.Variable(f"{name}.clipped_codes")
+    if codes is not wide:
+        bounds = [
+            _stored(f"{name}.{bound}", np.array(value), kind)
+            for bound, value in (("qmin", params.grid.qmin), ("qmax", params.grid.qmax))
+        ]
+        graph.nodes.append(gs.Node("Clip", f"{name}.clip", inputs=[wide, *bounds], outputs=[codes]))
+    graph.nodes.append(
+        gs.Node("DequantizeLinear", f"{name}.dequantize", inputs=[codes, scale, zero_point], outputs=[result])
+    )
+
+
+def _quantize_weight(graph: gs.Graph, site: WeightSite, params: QParams, int4: bool) -> None:
+    weight = graph.tensors()[site.tensor]
+    readers = list(weight.outputs)
+    kind = TensorProto.INT4 if int4 and params.grid.bits <= 4 else TensorProto.INT8
+    result = _dequantized(graph, site.tensor, quantize(weight.values, params), params, kind)
+    _redirect(readers, weight, result)
+
+
+def _quantize_bias(graph: gs.Graph, node: IntegerNode, quantizers: Quantizers) -> None:
+    """INT32 bias with scale `s_input * s_weight` and zero point 0; each user of a shared bias has its own."""
+    if node.weight is None or node.bias is None:
+        return
+    tensors = graph.tensors()
+    bias, weight = tensors[node.bias], tensors[node.weight.tensor]
+    names = {node.name, *node.followers}
+    reader = next(n for n in bias.outputs if n.name in names)
+    channels = int(weight.shape[node.weight.axis]) * (node.groups if node.op_type == "ConvTranspose" else 1)
+    scale = bias_scale(quantizers.weights[node.weight.tensor], quantizers.activations[node.inputs[0]].scale, channels)
+    axis = 0 if scale.ndim else None
+    params = QParams(scale, np.zeros(scale.shape, np.int32), _BIAS_GRID, axis)
+    codes = quantize(np.broadcast_to(bias.values.reshape(-1), (channels,)), params)
+    _redirect([reader], bias, _dequantized(graph, f"{node.name}.bias", codes, params, TensorProto.INT32))
+
+
+def _dequantized(graph: gs.Graph, name: str, codes: Array, params: QParams, kind: int) -> gs.Variable:
+    """Add codes stored as element type `kind` with a DequantizeLinear; returns its output."""
+    scale = gs.Constant(f"{name}.scale", np.asarray(params.scale, np.float32))
+    stored = _stored(f"{name}.codes", codes, kind)
+    zero_point = _stored(f"{name}.zero_point", params.zero_point, kind)
+    result = gs.Variable(f"{name}.dequantized", np.float32, codes.shape)
+    attributes = {} if params.axis is None else {"axis": params.axis}
+    graph.nodes.append(
+        gs.Node(
+            "DequantizeLinear",
+            f"{name}.dequantize",
+            attributes,
+            inputs=[stored, scale, zero_point],
+            outputs=[result],
+        )
+    )
+    return result
+
+
+def _stored(name: str, codes: Array, kind: int) -> gs.Constant:
+    """Codes in an element type. LazyValues because graphsurgeon would unpack 4-bit arrays."""
+    if kind == TensorProto.INT4:
+        return gs.Constant(name, LazyValues(helper.make_tensor(name, kind, codes.shape, codes.ravel().tolist())))
+    array = np.array(codes, helper.tensor_dtype_to_np_dtype(kind), order="C")
+    return gs.Constant(name, LazyValues(numpy_helper.from_array(array, name)))
+
+
+def _redirect(readers: Sequence[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
+    for node in readers:
+        node.inputs = [new if tensor is old else tensor for tensor in node.inputs]

@@ -1,0 +1,123 @@
+"""Inference with ONNX Runtime: the only place outside the training worker that imports it."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxqt.errors import InstallationError, ModelError
+from onnxqt.numerics import Array
+
+MAX_OPSET = 21  # the newest that ONNX Runtime 1.19.2 reads, and with it the trainer
+MAX_IR_VERSION = 10
+_QUIET = 4  # onnxruntime's severity "fatal": errors reach the user through exceptions
+
+TRAINER = "onnxruntime-training-cpu"
+
+
+def installed(distribution: str) -> str | None:
+    """Version of an installed distribution, None if it is absent."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_installation() -> None:
+    """Refuse an environment in which two distributions overwrote each other's files.
+
+    Raises:
+        InstallationError: if `onnxruntime` and `onnxruntime-training-cpu` are both installed.
+    """
+    if installed("onnxruntime") and installed(TRAINER):
+        raise InstallationError(
+            f"both 'onnxruntime' and '{TRAINER}' are installed and overwrite each other's files: run "
+            f"'pip uninstall -y onnxruntime {TRAINER}', then 'pip install {TRAINER}==1.19.2'"
+        )
+
+
+def check_trainer() -> None:
+    """Make sure that fine-tuning is possible here.
+
+    Raises:
+        InstallationError: if the training package is absent.
+    """
+    check_installation()
+    if installed(TRAINER) is None:
+        raise InstallationError(
+            f"fine-tuning needs '{TRAINER}', which has no wheel for this platform or is not installed: run "
+            f"'pip uninstall -y onnxruntime; pip install {TRAINER}==1.19.2' on Linux x86-64, Windows or macOS; "
+            "the other commands work without it"
+        )
+
+
+class Session:
+    """A model ready to run on the CPU.
+
+    Args:
+        model: the model, or the path of its file.
+        optimize: let ONNX Runtime rewrite the graph (fuse QDQ into integer kernels).
+        outputs: the outputs to compute; all by default.
+
+    Raises:
+        ModelError: if ONNX Runtime cannot run the model.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto | Path, optimize: bool = True, outputs: Sequence[str] | None = None
+    ) -> None:
+        check_installation()
+        source = os.fspath(model) if isinstance(model, Path) else model.SerializeToString()
+        try:
+            self._session = ort.InferenceSession(source, _options(optimize), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a private class per status code
+            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        self.outputs = list(outputs) if outputs else [value.name for value in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name.
+
+        Raises:
+            ModelError: if the model fails on these inputs.
+        """
+        try:
+            values = self._session.run(self.outputs, dict(inputs))
+        except Exception as error:
+            raise ModelError(f"the model fails on these inputs: {_first_line(error)}") from error
+        return dict(zip(self.outputs, (np.asarray(value) for value in values), strict=True))
+
+
+def executed_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that ONNX Runtime executes for `model` after all its optimizations.
+
+    Raises:
+        ModelError: if ONNX Runtime cannot run the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options = _options(optimize=True)
+        options.optimized_model_filepath = os.fspath(path)
+        try:
+            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        return onnx.load(path)
+
+
+def _options(optimize: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    # Without it, u8 x s8 products saturate at 16 bits on processors without VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

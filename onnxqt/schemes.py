@@ -1,0 +1,74 @@
+"""Quantization schemes and their names.
+
+    w4a8-sym-pc
+    |  |  |   `-- granularity of the weights: pc per output channel, pt per tensor
+    |  |  `------ activations: sym (signed, zero point 0) or asym (unsigned, any zero point)
+    |  `--------- bits of the activations, 4 or 8
+    `------------ bits of the weights, 2 to 8
+
+Weights are always symmetric on a narrow grid ([-127, 127] at 8 bits) and activations per tensor: the
+common ground of the compilers. The model's own inputs and outputs keep at least 8 bits (`io_bits`),
+because the host exchanges bytes with the device.
+"""
+
+import re
+from dataclasses import dataclass
+
+from onnxqt.errors import UsageError
+from onnxqt.numerics import Grid
+
+_NAME = re.compile(r"w([2-8])a([48])-(sym|asym)-(pt|pc)")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way to quantize a model; `str(scheme)` is its name."""
+
+    weight_bits: int
+    activation_bits: int
+    symmetric: bool
+    per_channel: bool
+
+    def __str__(self) -> str:
+        return (
+            f"w{self.weight_bits}a{self.activation_bits}"
+            f"-{'sym' if self.symmetric else 'asym'}-{'pc' if self.per_channel else 'pt'}"
+        )
+
+    @property
+    def weight_grid(self) -> Grid:
+        """Codes of the weights."""
+        return Grid(self.weight_bits, signed=True, narrow=True)
+
+    @property
+    def activation_grid(self) -> Grid:
+        """Codes of the activations inside the network."""
+        return Grid(self.activation_bits, signed=self.symmetric)
+
+    @property
+    def io_grid(self) -> Grid:
+        """Codes of the model's inputs and outputs: never under 8 bits."""
+        return Grid(max(8, self.activation_bits), signed=self.symmetric)
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The scheme called `name`.
+
+    Raises:
+        UsageError: if `name` is not of the form `w{2..8}a{4,8}-{sym,asym}-{pt,pc}`.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UsageError(
+            f"unknown scheme '{name}': expected w{{2..8}}a{{4,8}}-{{sym,asym}}-{{pt,pc}}, such as w4a8-sym-pc"
+        )
+    weight_bits, activation_bits, symmetry, granularity = match.groups()
+    return Scheme(int(weight_bits), int(activation_bits), symmetry == "sym", granularity == "pc")
+
+
+DEFAULT_SCHEMES = tuple(
+    Scheme(weight_bits, 8, symmetric, per_channel)
+    for weight_bits in (8, 4)
+    for symmetric in (True, False)
+    for per_channel in (True, False)
+)

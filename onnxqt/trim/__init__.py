@@ -1,0 +1,258 @@
+"""Stage 4, trim: fine-tune a float model so that it survives quantization.
+
+The parent process writes a training graph and its settings into a folder, starts the worker there, follows its
+reports and returns the best weights. The worker's process may die; the parent and the files do not.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxqt.calibrate import RangeMethod, RangeTable, activation_params
+from onnxqt.errors import TrainingError
+from onnxqt.model import Model, finish
+from onnxqt.numerics import Array
+from onnxqt.plan import QuantPlan
+from onnxqt.runtime import check_trainer
+from onnxqt.schemes import Scheme
+from onnxqt.trim import job as jobs
+from onnxqt.trim.gradients import DOMAIN, Rule, check_differentiable, make_differentiable, static_rules
+from onnxqt.trim.losses import LossName, Target, add_loss, find_targets
+from onnxqt.trim.quantizers import functions, insert
+
+DEFAULT_LEARNING_RATE = 1e-4
+HELD_FRACTION = 0.1
+HELD_LIMIT = 512
+REFRESH_EVERY = 20
+EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class TrimSettings:
+    """How to fine-tune.
+
+    Attributes:
+        schemes: the schemes to become robust to; one is drawn for each step.
+        steps: optimizer updates.
+        batch_size: samples of an update.
+        learning_rate: peak of AdamW's learning rate.
+        seed: of the order of samples and schemes.
+        loss: "distill" (no labels) or "cross-entropy".
+        method: how the activations' ranges are chosen.
+    """
+
+    schemes: tuple[Scheme, ...]
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = DEFAULT_LEARNING_RATE
+    seed: int = 0
+    loss: LossName = "distill"
+    method: RangeMethod = "mse"
+
+
+@dataclass(frozen=True, eq=False)
+class Trimmed:
+    """The outcome of fine-tuning.
+
+    Attributes:
+        model: the float model with the best weights; the untouched one if nothing was better.
+        steps: updates made.
+        best_step: updates after which the weights were best; 0 is the untouched model.
+        seconds: time spent in training.
+        step_ms_median: time of a forward, backward and update, in milliseconds.
+        history: the worker's reports.
+    """
+
+    model: Model
+    steps: int
+    best_step: int
+    seconds: float
+    step_ms_median: float
+    history: tuple[dict[str, Any], ...] = field(repr=False)
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def trim(
+    model: Model,
+    plan: QuantPlan,
+    ranges: RangeTable,
+    data: Path,
+    settings: TrimSettings,
+    folder: Path,
+    progress: Progress = lambda report: None,
+) -> Trimmed:
+    """Fine-tune `model` on the samples in `data`.
+
+    Args:
+        model: the float model; also the teacher and the first candidate.
+        plan: its quantizer sites.
+        ranges: its calibrated activation ranges.
+        data: samples, as `onnxqt.data.open_samples` takes them.
+        settings: how to train.
+        folder: an existing folder for the run's files.
+        progress: called with each report of the worker, a dict with `event`: start, step, evaluate, done.
+
+    Raises:
+        TrainingError: if an operator has no gradient, the loss diverges, or the process dies; the best
+            weights until then are in `folder`/best.onnx.
+    """
+    check_trainer()
+    targets = _targets(model, settings.loss)
+    parameters = trainable(plan, model)
+    _check_path(model, parameters)
+    graph, rules = training_graph(model, plan, targets, settings.loss)
+    onnx.save(graph, folder / jobs.GRAPH)
+    onnx.save(model.proto, folder / jobs.START)
+    for index, scheme in enumerate(settings.schemes):
+        jobs.write_activations(folder, index, activation_params(plan, ranges, scheme, settings.method))
+    for stale in (jobs.BEST, jobs.LAST):
+        (folder / stale).unlink(missing_ok=True)
+    jobs.write(folder, _job(data, settings, targets, tuple(parameters), tuple(rules)))
+    history: list[dict[str, Any]] = []
+    for report in _reports(folder):
+        history.append(report)
+        progress(report)
+    return _outcome(model, folder, history)
+
+
+def trainable(plan: QuantPlan, model: Model) -> list[str]:
+    """Initializers that training moves: the weights and biases of the integer nodes."""
+    names: dict[str, None] = {}
+    for node in plan.integer_nodes:
+        if node.weight:
+            names.update(dict.fromkeys([node.weight.tensor, *([node.bias] if node.bias else [])]))
+    if not names:
+        raise TrainingError("the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight to train")
+    return list(names)
+
+
+def training_graph(
+    model: Model, plan: QuantPlan, targets: tuple[Target, ...], loss: LossName
+) -> tuple[onnx.ModelProto, list[Rule]]:
+    """The float model with its quantizers and loss, and the gradient rules that it needs."""
+    graph = gs.import_onnx(model.proto)
+    insert(graph, plan)
+    add_loss(graph, targets, loss)
+    rules, wrappers = make_differentiable(graph)
+    proto = finish_training(graph, [*functions(model.opset), *wrappers])
+    return proto, [*static_rules(), *rules]
+
+
+def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.ModelProto:
+    """ONNX form of a graph that uses model-local functions."""
+    proto = finish(graph)
+    proto.functions.extend(local)
+    if all(entry.domain != DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return proto
+
+
+def _targets(model: Model, loss: LossName) -> tuple[Target, ...]:
+    targets = find_targets(model)
+    if not targets:
+        raise TrainingError("the model has no float output to compare with the original's")
+    if loss == "distill":
+        return targets
+    scores = [target for target in targets if target.kind != "values"]
+    if len(scores) != 1:
+        raise TrainingError(
+            f"cross-entropy needs exactly one output of class scores (N, classes), the model has {len(scores)}: "
+            "use --loss distill"
+        )
+    return tuple(scores)
+
+
+def _check_path(model: Model, parameters: list[str]) -> None:
+    """Every operator between a trained parameter and a float output must have a gradient."""
+    graph = model.graph
+    moving = set(parameters)
+    for node in graph.nodes:
+        if not any(tensor in moving for tensor in (*node.inputs, *node.captured)):
+            continue
+        results = [tensor for tensor in node.outputs if tensor and graph.is_float(tensor)]
+        if results:
+            check_differentiable(node)
+            moving.update(results)
+
+
+def _job(
+    data: Path,
+    settings: TrimSettings,
+    targets: tuple[Target, ...],
+    parameters: tuple[str, ...],
+    rules: tuple[Rule, ...],
+) -> jobs.Job:
+    return jobs.Job(
+        data=os.fspath(data.resolve()),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        loss=settings.loss,
+        schemes=tuple(str(scheme) for scheme in settings.schemes),
+        targets=targets,
+        parameters=parameters,
+        rules=rules,
+        held_fraction=HELD_FRACTION,
+        held_limit=HELD_LIMIT,
+        refresh_every=REFRESH_EVERY,
+        evaluate_every=max(1, settings.steps // EVALUATIONS),
+    )
+
+
+def _reports(folder: Path) -> Iterator[dict[str, Any]]:
+    """Run the worker and yield what it reports, until it ends well."""
+    command = [sys.executable, "-m", "onnxqt.trim.worker", os.fspath(folder)]
+    with (
+        (folder / jobs.LOG).open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            message = None
+            for line in process.stdout or ():
+                report = json.loads(line)
+                if report["event"] == "error":
+                    message = report["message"]
+                else:
+                    yield report
+            code = process.wait()
+        finally:
+            process.kill()
+    if code:
+        raise TrainingError(message or _obituary(folder, code))
+
+
+def _obituary(folder: Path, code: int) -> str:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    kept = folder / jobs.LAST
+    rest = f"the last weights are in '{kept}'" if kept.exists() else "it had saved nothing yet"
+    return f"the training process {how}; {rest}, its messages in '{folder / jobs.LOG}'"
+
+
+def _outcome(model: Model, folder: Path, history: list[dict[str, Any]]) -> Trimmed:
+    steps = [report for report in history if report["event"] == "step"]
+    bests = [report for report in history if report["event"] == "evaluate" and report["best"]]
+    weights: dict[str, Array] = {}
+    if bests:
+        with np.load(folder / jobs.BEST, allow_pickle=False) as file:
+            weights = {name: file[name] for name in file.files}
+    return Trimmed(
+        model.with_weights(weights) if weights else model,
+        steps=len(steps),
+        best_step=bests[-1]["step"] if bests else 0,
+        seconds=steps[-1]["seconds"] if steps else 0.0,
+        step_ms_median=float(np.median([report["ms"] for report in steps])) if steps else 0.0,
+        history=tuple(history),
+    )

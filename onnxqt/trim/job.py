@@ -1,0 +1,84 @@
+"""The files through which the parent tells the training process what to do. No pickle: JSON, ONNX and npz."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxqt.numerics import Grid, QParams
+from onnxqt.trim.gradients import Rule, RuleNode
+from onnxqt.trim.losses import LossName, Target
+
+START = "start.onnx"
+GRAPH = "graph.onnx"
+BEST = "best.npz"
+LAST = "last.npz"
+LOG = "worker.log"
+_JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings of one training run; every field is plain data."""
+
+    data: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    loss: LossName
+    schemes: tuple[str, ...]
+    targets: tuple[Target, ...]
+    parameters: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    held_fraction: float
+    held_limit: int
+    refresh_every: int
+    evaluate_every: int
+
+
+def write(folder: Path, job: Job) -> None:
+    """Write the settings."""
+    (folder / _JOB).write_text(json.dumps(asdict(job), indent=1))
+
+
+def read(folder: Path) -> Job:
+    """Read the settings."""
+    plain = json.loads((folder / _JOB).read_text())
+    plain["schemes"] = tuple(plain["schemes"])
+    plain["parameters"] = tuple(plain["parameters"])
+    plain["targets"] = tuple(Target(**target) for target in plain["targets"])
+    plain["rules"] = tuple(
+        Rule(rule["key"], tuple(_rule_node(node) for node in rule["nodes"])) for rule in plain["rules"]
+    )
+    return Job(**plain)
+
+
+def _rule_node(plain: dict[str, object]) -> RuleNode:
+    node = RuleNode(**plain)  # type: ignore[arg-type]  # written by `write`
+    attributes = {name: (value, kind, tensor) for name, (value, kind, tensor) in node.attributes.items()}
+    return RuleNode(node.op_type, tuple(node.inputs), tuple(node.outputs), attributes)
+
+
+def write_activations(folder: Path, index: int, params: Mapping[str, QParams]) -> None:
+    """Write the activations' parameters of scheme number `index`: per-tensor arrays in the order of the names."""
+    grids = [(p.grid.bits, p.grid.signed, p.grid.narrow) for p in params.values()]
+    np.savez(
+        folder / f"activations_{index}.npz",
+        names=np.array(list(params)),
+        scale=np.array([p.scale for p in params.values()], np.float32),
+        zero_point=np.array([p.zero_point for p in params.values()], np.int32),
+        grid=np.array(grids, np.int32).reshape(-1, 3),
+    )
+
+
+def read_activations(folder: Path, index: int) -> dict[str, QParams]:
+    """What `write_activations` wrote."""
+    with np.load(folder / f"activations_{index}.npz", allow_pickle=False) as file:
+        rows = zip(file["names"], file["scale"], file["zero_point"], file["grid"], strict=True)
+        return {
+            str(name): QParams(scale, zero_point, Grid(int(bits), bool(signed), bool(narrow)))
+            for name, scale, zero_point, (bits, signed, narrow) in rows
+        }

@@ -1,0 +1,317 @@
+"""The training process: the only module that imports onnxruntime.training.
+
+It runs apart from the user's process because a kernel of the trainer can kill the process it runs in. It reads
+`job.json` in its folder, writes `best.npz` and `last.npz` there, and reports one JSON object per line on
+standard output; everything else that onnxruntime prints goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxqt.calibrate import Quantizers, weight_clip, weight_params
+from onnxqt.data import Batch, InputSpec, Samples, open_samples
+from onnxqt.errors import OnnxqtError, TrainingError
+from onnxqt.model import Model
+from onnxqt.numerics import Array, FloatArray, QParams
+from onnxqt.plan import QuantPlan, make_plan
+from onnxqt.runtime import MAX_IR_VERSION, Session
+from onnxqt.schemes import Scheme, parse_scheme
+from onnxqt.trim import job as jobs
+from onnxqt.trim.gradients import Rule
+from onnxqt.trim.losses import target_feeds
+from onnxqt.trim.quantizers import BLEND, feeds, prune_feeds
+from onnxqt.trim.schedule import Schedule
+
+_TAU_MEMORY = 0.9  # exponential moving average of the reverse-pruning clip, per refresh
+
+
+def _import_training() -> tuple[Any, Any, Any]:
+    """onnxruntime.training's artifacts, onnxblock and api, without its `__init__`, which needs torch."""
+    package = types.ModuleType("onnxruntime.training")
+    package.__path__ = [str(Path(ort.__file__).parent / "training")]
+    sys.modules["onnxruntime.training"] = package
+    from onnxruntime.training import api, artifacts, onnxblock
+
+    return artifacts, onnxblock, api
+
+
+def register(rules: list[Rule]) -> None:
+    """Make gradient rules known to the gradient builder of this process."""
+    from onnxruntime.capi import _pybind_state as c_api
+
+    for rule in rules:
+        definitions = []
+        for node in rule.nodes:
+            definition = c_api.GradientNodeDefinition()
+            definition.op_type, definition.domain = node.op_type, ""
+            definition.inputs, definition.outputs = list(node.inputs), list(node.outputs)
+            attributes = []
+            for name, (value, kind, is_tensor) in node.attributes.items():
+                attribute = c_api.GradientNodeAttributeDefinition()
+                attribute.name, attribute.value_json = name, json.dumps(value)
+                attribute.dtype, attribute.is_tensor = kind, is_tensor
+                attributes.append(attribute)
+            definition.attributes = attributes
+            definitions.append(definition)
+        c_api.register_gradient_definition(rule.key, definitions)
+
+
+class Trainer:
+    """A training graph with its optimizer: forward, backward and update in one call."""
+
+    def __init__(self, graph: Path, parameters: list[str], rules: list[Rule]) -> None:
+        artifacts, onnxblock, api = _import_training()
+
+        class PassThrough(onnxblock.Block):  # type: ignore[misc, name-defined]  # the graph ends in its loss
+            def build(self, loss: str) -> str:
+                return loss
+
+        register(rules)
+        folder = graph.parent
+        artifacts.generate_artifacts(
+            onnx.load(graph),
+            requires_grad=parameters,
+            loss=PassThrough(),
+            optimizer=artifacts.OptimType.AdamW,
+            artifact_directory=folder,
+        )
+        for name in ("training_model", "eval_model", "optimizer_model"):
+            path = folder / f"{name}.onnx"
+            proto = onnx.load(path)
+            proto.ir_version = min(proto.ir_version, MAX_IR_VERSION)
+            onnx.save(proto, path)
+        self._state = api.CheckpointState.load_checkpoint(folder / "checkpoint")
+        self._module = api.Module(folder / "training_model.onnx", self._state, folder / "eval_model.onnx")
+        self._optimizer = api.Optimizer(folder / "optimizer_model.onnx", self._module)
+        self._parameters = parameters
+
+    def step(self, values: dict[str, Array], learning_rate: float) -> float:
+        """One update; returns the loss before it."""
+        self._optimizer.set_learning_rate(learning_rate)
+        loss = self._run(self._module.train(), values)
+        self._optimizer.step()
+        self._module.lazy_reset_grad()
+        return loss
+
+    def evaluate(self, values: dict[str, Array]) -> float:
+        """The loss, without an update."""
+        return self._run(self._module.eval(), values)
+
+    def _run(self, module: Any, values: dict[str, Array]) -> float:
+        return float(np.asarray(module(*(values[name] for name in module.input_names()))))
+
+    def parameters(self) -> dict[str, Array]:
+        """A copy of the trained parameters."""
+        return {name: np.array(self._state.parameters[name].data) for name in self._parameters}
+
+    def gradients(self) -> dict[str, Array]:
+        """The gradients accumulated since the last update."""
+        return {name: np.array(self._state.parameters[name].grad) for name in self._parameters}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Everything fixed during a run."""
+
+    job: jobs.Job
+    model: Model
+    plan: QuantPlan
+    teacher: Session
+    schemes: tuple[Scheme, ...]
+    activations: tuple[dict[str, QParams], ...]
+    shapes: dict[str, tuple[int, ...]]
+    training: Samples
+    held: Samples
+    power: dict[str, float]
+
+    def batch_feeds(self, batch: Batch) -> dict[str, Array]:
+        """Model inputs and targets of a batch."""
+        original = self.teacher.run(batch.inputs)
+        labels = batch.labels if self.job.loss == "cross-entropy" else None
+        return {**batch.inputs, **target_feeds(self.job.targets, original, labels, self.power)}
+
+
+def load_task(folder: Path) -> Task:
+    """Read a job and everything it names."""
+    job = jobs.read(folder)
+    model = Model(onnx.load(folder / jobs.START), "")
+    plan = make_plan(model)
+    specs = [InputSpec(name, model.graph.dtype(name), model.graph.shape(name) or ()) for name in model.graph.inputs]
+    training, held = open_samples(job.data, specs).split(job.held_fraction, job.held_limit)
+    teacher = Session(model.proto)
+    schemes = tuple(parse_scheme(name) for name in job.schemes)
+    activations = tuple(jobs.read_activations(folder, index) for index in range(len(schemes)))
+    shapes = {site.tensor: tuple(model.graph.initializers[site.tensor].dims) for site in plan.weights}
+    power = _output_power(teacher, held, job)
+    return Task(job, model, plan, teacher, schemes, activations, shapes, training, held, power)
+
+
+def _output_power(teacher: Session, held: Samples, job: jobs.Job) -> dict[str, float]:
+    """Variance of each output over the held-out samples."""
+    outputs = [teacher.run(batch.inputs) for batch in held.batches(job.batch_size)]
+    return {
+        target.output: max(float(np.var(np.concatenate([out[target.output] for out in outputs]))), 1e-12)
+        for target in job.targets
+    }
+
+
+class Ranges:
+    """Scales of the weights and reverse-pruning clips, followed while the weights move."""
+
+    def __init__(self, task: Task, parameters: dict[str, Array]) -> None:
+        self._task = task
+        self._axes = {site.tensor: site.axis for site in task.plan.weights}
+        self.clips = {name: np.asarray(np.abs(parameters[name]).max(), np.float32) for name in self._axes}
+        self.settings: list[dict[str, Array]] = []
+        self._refresh_settings(parameters)
+
+    def refresh(self, parameters: dict[str, Array]) -> None:
+        """Follow the weights: move each clip towards its new best value, then recompute every scale.
+
+        tau <- 0.9 tau + 0.1 best
+        """
+        for name, clip in self.clips.items():
+            best = self._best_clip(parameters[name], self._axes[name])
+            self.clips[name] = np.asarray(_TAU_MEMORY * clip + (1 - _TAU_MEMORY) * best, np.float32)
+        self._refresh_settings(parameters)
+
+    def _best_clip(self, weight: Array, axis: int) -> FloatArray:
+        """The clip that pays at the fewest bits asked for; absmax where none does.
+
+        Only per-tensor schemes gain from it: a channel's own scale already follows its largest weight.
+        """
+        grids = [scheme.weight_grid for scheme in self._task.schemes if not scheme.per_channel]
+        if not grids:
+            return np.asarray(np.abs(weight).max(), np.float32)
+        return weight_clip(weight, axis, min(grids, key=lambda grid: grid.bits), per_channel=False)
+
+    def _refresh_settings(self, parameters: dict[str, Array]) -> None:
+        task = self._task
+        weights = {name: parameters[name] for name in task.shapes}
+        pruned = folded(task, weights, self.clips)
+        taus = prune_feeds(task.plan, task.shapes, self.clips)
+        known: dict[tuple[int, bool], dict[str, QParams]] = {}
+        self.settings = []
+        for scheme, activations in zip(task.schemes, task.activations, strict=True):
+            key = (scheme.weight_bits, scheme.per_channel)
+            if key not in known:
+                known[key] = weight_params(task.plan, pruned, scheme)
+            self.settings.append({**feeds(task.plan, task.shapes, Quantizers(activations, known[key])), **taus})
+
+
+def folded(task: Task, weights: dict[str, Array], clips: dict[str, FloatArray]) -> dict[str, Array]:
+    """Weights as ReversePrune passes them on."""
+    taus = prune_feeds(task.plan, task.shapes, clips)
+    limits = dict(zip((site.tensor for site in task.plan.weights), taus.values(), strict=True))
+    return {
+        name: np.clip(value, -limits[name], limits[name]) if name in limits else value
+        for name, value in weights.items()
+    }
+
+
+def run(folder: Path, report: TextIO) -> None:
+    """Train the job in `folder`, reporting to `report`."""
+    task = load_task(folder)
+    job = task.job
+    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.rules))
+    ranges = Ranges(task, trainer.parameters())
+    held = [task.batch_feeds(batch) for batch in task.held.batches(job.batch_size, pad=True)]
+
+    def evaluate() -> list[float]:
+        return [
+            float(np.mean([trainer.evaluate({**batch, **settings, BLEND: _blend(1.0)}) for batch in held]))
+            for settings in ranges.settings
+        ]
+
+    floor = [_entropy(task, batch) for batch in held]
+    untouched = np.array(evaluate()) - np.mean(floor)
+    _send(report, event="start", untouched=untouched.tolist())
+    best = float(untouched.mean())
+    schedule = Schedule(job.steps)
+    pick = np.random.default_rng(job.seed)
+    started = time.perf_counter()
+    for step, batch in zip(range(job.steps), task.training.shuffled(job.batch_size, job.seed), strict=False):
+        if step >= schedule.warmup * job.steps and step % job.refresh_every == 0:
+            ranges.refresh(trainer.parameters())
+        blend, rate = schedule.blend(step), schedule.learning_rate(step, job.learning_rate)
+        settings = ranges.settings[int(pick.integers(len(ranges.settings)))]
+        values = {**task.batch_feeds(batch), **settings, BLEND: _blend(blend)}
+        before = time.perf_counter()
+        loss = trainer.step(values, rate)
+        now = time.perf_counter()
+        if not np.isfinite(loss):
+            raise TrainingError(f"the loss became {loss} at step {step}: use a smaller --lr than {job.learning_rate:g}")
+        _send(
+            report,
+            event="step",
+            step=step,
+            loss=loss,
+            blend=blend,
+            lr=rate,
+            ms=1e3 * (now - before),
+            seconds=now - started,
+        )
+        last = step == job.steps - 1
+        if last or (step + 1) % job.evaluate_every == 0:
+            ranges.refresh(trainer.parameters())
+            losses = np.array(evaluate()) - np.mean(floor)
+            score = float(losses.mean())
+            weights = folded(task, trainer.parameters(), ranges.clips)
+            _save(folder / jobs.LAST, weights)
+            better = score < best
+            if better:
+                best = score
+                _save(folder / jobs.BEST, weights)
+            _send(report, event="evaluate", step=step + 1, losses=losses.tolist(), score=score, best=better)
+    _send(report, event="done")
+
+
+def _entropy(task: Task, batch: dict[str, Array]) -> float:
+    """The least value that the loss of a batch can take: the entropy of its targets."""
+    total = 0.0
+    for target in task.job.targets:
+        if target.classes_input in batch:
+            p = batch[target.classes_input]
+            total -= float(np.mean(np.sum(p * np.log(np.maximum(p, 1e-30)), axis=-1)))
+    return total
+
+
+def _blend(value: float) -> Array:
+    return np.array(value, np.float32)
+
+
+def _save(path: Path, arrays: dict[str, Array]) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's stub takes names for options
+    temporary.replace(path)
+
+
+def _send(report: TextIO, **message: Any) -> None:
+    report.write(json.dumps(message) + "\n")
+    report.flush()
+
+
+def main() -> None:
+    """Entry point of the process: `python -m onnxqt.trim.worker FOLDER`."""
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    ort.set_default_logger_severity(3)
+    try:
+        run(Path(sys.argv[1]), report)
+    except OnnxqtError as error:
+        _send(report, event="error", message=str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,842 @@
+import errno
+import io
+import os
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxqt import data
+from onnxqt.data import Batch, InputSpec, Samples, check_labels, fixed_batch, open_samples, require
+from onnxqt.errors import DataError, UsageError
+from onnxqt.numerics import Array
+
+F32 = np.dtype(np.float32)
+I32 = np.dtype(np.int32)
+I64 = np.dtype(np.int64)
+X = InputSpec("x", F32, (None, 3, 2))
+IDS = InputSpec("ids", I64, (None, 4))
+
+
+def numbered(first: int, count: int, dtype: Any = np.float32) -> Array:
+    """Samples of shape (3, 2); the first element of each is its number."""
+    return (first + np.arange(count * 6, dtype=np.float64).reshape(count, 3, 2) / 6).astype(dtype)
+
+
+def numbers(batch: Batch) -> list[int]:
+    return [int(value) for value in batch.inputs["x"][:, 0, 0]]
+
+
+def write_shards(directory: Path, counts: list[int]) -> Path:
+    """`.npz` files whose samples and labels are numbered throughout."""
+    directory.mkdir(exist_ok=True)
+    first = 0
+    for shard, count in enumerate(counts):
+        labels = np.arange(first, first + count)
+        np.savez(directory / f"shard{shard:02}.npz", x=numbered(first, count), labels=labels)
+        first += count
+    return directory
+
+
+def write_npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def npy_bytes(array: Array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def header_bytes(header: str, version: tuple[int, int] = (1, 0)) -> bytes:
+    text = header.encode() + b"\n"
+    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
+    return np.lib.format.magic(*version) + length + text
+
+
+def same(a: Batch, b: Batch) -> bool:
+    labels = (a.labels is None) == (b.labels is None) and (
+        a.labels is None or b.labels is None or np.array_equal(a.labels, b.labels)
+    )
+    inputs = a.inputs.keys() == b.inputs.keys() and all(
+        np.array_equal(a.inputs[name], b.inputs[name]) for name in a.inputs
+    )
+    return labels and inputs and np.array_equal(a.index, b.index)
+
+
+# Opening and reading in order
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_directory_in_order_across_files(tmp_path: Path, save: Any) -> None:
+    save(tmp_path / "b.npz", x=numbered(3, 4), labels=np.arange(3, 7))
+    save(tmp_path / "a.npz", x=numbered(0, 3), labels=np.arange(0, 3))
+    samples = open_samples(tmp_path, [X])
+    assert (samples.source, samples.count, samples.has_labels) == (str(tmp_path), 7, True)
+    batches = list(samples.batches(2))
+    assert [numbers(batch) for batch in batches] == [[0, 1], [2, 3], [4, 5], [6]]
+    whole = np.concatenate([batch.inputs["x"] for batch in batches])
+    assert np.array_equal(whole, np.concatenate([numbered(0, 3), numbered(3, 4)]))
+    for batch in batches:
+        assert batch.inputs["x"].dtype == F32
+        assert batch.labels is not None
+        assert batch.labels.dtype == batch.index.dtype == I64
+        assert batch.labels.tolist() == batch.index.tolist() == numbers(batch)
+
+
+def test_batch_larger_than_the_set(tmp_path: Path) -> None:
+    (batch,) = open_samples(write_shards(tmp_path, [1, 2, 1]), [X]).batches(100)
+    assert numbers(batch) == [0, 1, 2, 3]
+
+
+def test_npy_directory_without_labels(tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", numbered(0, 2))
+    np.save(tmp_path / "1.npy", numbered(2, 3))
+    samples = open_samples(str(tmp_path), [X])
+    assert not samples.has_labels
+    batches = list(samples.batches(4))
+    assert [numbers(batch) for batch in batches] == [[0, 1, 2, 3], [4]]
+    assert batches[0].labels is None
+
+
+def test_single_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", numbered(0, 2))
+    np.savez(tmp_path / "a.NPZ", x=numbered(0, 2))
+    os.rename(tmp_path / "a.NPZ.npz", tmp_path / "a.NPZ")
+    for name in ("a.npy", "a.NPZ"):
+        assert [numbers(batch) for batch in open_samples(tmp_path / name, [X]).batches(9)] == [[0, 1]]
+
+
+def test_arrays_in_memory() -> None:
+    samples = open_samples({"x": numbered(0, 5, np.float64), "labels": np.arange(5, dtype=np.uint8)}, [X])
+    assert (samples.count, samples.has_labels) == (5, True)
+    batches = list(samples.batches(3))
+    assert [numbers(batch) for batch in batches] == [[0, 1, 2], [3, 4]]
+    assert batches[0].inputs["x"].dtype == F32
+    assert batches[0].labels is not None
+    assert batches[0].labels.dtype == I64
+
+
+def test_batches_do_not_alias_arrays_in_memory() -> None:
+    x = numbered(0, 4)
+    for batch in open_samples({"x": x}, [X]).batches(2):
+        batch.inputs["x"][:] = -1
+    assert np.array_equal(x, numbered(0, 4))
+
+
+def test_several_inputs_of_one_file(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", ids=np.arange(12).reshape(3, 4), x=numbered(0, 3))
+    (batch,) = open_samples(tmp_path, [X, IDS]).batches(3)
+    assert list(batch.inputs) == ["ids", "x"]
+    assert np.array_equal(batch.inputs["ids"], np.arange(12).reshape(3, 4))
+
+
+def test_input_names_with_punctuation(tmp_path: Path) -> None:
+    spec = InputSpec("serving/input:0", F32, (None, 3, 2))
+    write_npz(tmp_path / "a.npz", **{spec.name: numbered(0, 2)})
+    (batch,) = open_samples(tmp_path, [spec]).batches(2)
+    assert np.array_equal(batch.inputs[spec.name], numbered(0, 2))
+
+
+def test_model_input_called_labels_is_an_input(tmp_path: Path) -> None:
+    spec = InputSpec("labels", F32, (None, 3, 2))
+    samples = open_samples(write_npz(tmp_path / "a.npz", labels=numbered(0, 2)), [spec])
+    (batch,) = samples.batches(2)
+    assert not samples.has_labels
+    assert batch.labels is None
+    assert np.array_equal(batch.inputs["labels"], numbered(0, 2))
+
+
+def test_other_entries_are_passed_over_and_links_followed(tmp_path: Path) -> None:
+    outside = write_shards(tmp_path / "outside", [2])
+    directory = tmp_path / "calib"
+    (directory / "sub.npz").mkdir(parents=True)
+    write_npz(directory / "sub.npz" / "deep.npz", x=numbered(50, 1))
+    (directory / "README.txt").write_text("no samples")
+    (directory / "._a.npz").write_bytes(b"resource fork")
+    (directory / "a.npz").symlink_to(outside / "shard00.npz")
+    assert [numbers(batch) for batch in open_samples(directory, [X]).batches(9)] == [[0, 1]]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f2"])
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_byte_order_memory_order_and_width(tmp_path: Path, order: Any, dtype: str, kind: str) -> None:
+    x = np.array(numbered(0, 5, dtype), order=order)
+    if kind == "npz":
+        np.savez_compressed(tmp_path / "a.npz", x=x)
+    else:
+        np.save(tmp_path / "a.npy", x)
+    samples = open_samples(tmp_path, [X])
+    read = np.concatenate([batch.inputs["x"] for batch in samples.batches(2)])
+    assert read.dtype == F32
+    assert read.dtype.isnative
+    assert np.array_equal(read, x.astype(np.float32))
+    assert np.array_equal(next(samples.take(2).batches(2)).inputs["x"], x.astype(np.float32)[[1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("have", "want"), [(np.int32, I64), (">i8", I32), (np.int64, I32), (np.bool_, np.dtype(bool))]
+)
+def test_integers_and_booleans(tmp_path: Path, have: Any, want: np.dtype[Any]) -> None:
+    ids = np.array([[1, 0, 1, 0], [0, 0, 1, 1]], have)
+    (batch,) = open_samples(
+        write_npz(tmp_path / "a.npz", ids=ids), [InputSpec("ids", want, (None, 4))]
+    ).batches(2)
+    assert batch.inputs["ids"].dtype == want
+    assert np.array_equal(batch.inputs["ids"], ids)
+
+
+def test_npy_format_2(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as stream:
+        np.lib.format.write_array(stream, numbered(0, 2), version=(2, 0))
+    (batch,) = open_samples(tmp_path, [X]).batches(2)
+    assert np.array_equal(batch.inputs["x"], numbered(0, 2))
+
+
+def test_free_dims_may_differ_between_batches_but_not_within(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=np.ones((2, 5), np.float32))
+    write_npz(tmp_path / "b.npz", x=np.ones((2, 7), np.float32))
+    samples = open_samples(tmp_path, [InputSpec("x", F32, (None, None))])
+    assert [batch.inputs["x"].shape for batch in samples.batches(2)] == [(2, 5), (2, 7)]
+    with pytest.raises(
+        DataError, match=r"b\.npz: array 'x' has samples of shape \(7,\).*\(5,\); .*--batch-size 1"
+    ):
+        list(samples.batches(4))
+
+
+# Fixed batch axis
+
+
+def test_padding_repeats_the_last_sample(tmp_path: Path) -> None:
+    samples = open_samples(write_shards(tmp_path, [3, 2]), [InputSpec("x", F32, (4, 3, 2))])
+    first, last = samples.batches(4, pad=True)
+    assert numbers(first) == [0, 1, 2, 3]
+    assert numbers(last) == [4, 4, 4, 4]
+    assert last.index.tolist() == [4]
+    assert last.labels is not None
+    assert last.labels.tolist() == [4]
+
+
+def test_padding_nothing_when_the_count_is_a_multiple() -> None:
+    batches = list(open_samples({"x": numbered(0, 4)}, [X]).batches(2, pad=True))
+    assert [numbers(batch) for batch in batches] == [[0, 1], [2, 3]]
+
+
+def test_fixed_batch() -> None:
+    assert fixed_batch([X, IDS]) is None
+    assert fixed_batch([X, InputSpec("y", F32, (8, 1)), InputSpec("z", F32, (8, 3))]) == 8
+    with pytest.raises(DataError, match=r"different first axes \('y': 8, 'z': 1\).*export the model"):
+        fixed_batch([InputSpec("y", F32, (8, 1)), InputSpec("z", F32, (1, 3))])
+
+
+def test_models_that_cannot_be_fed() -> None:
+    with pytest.raises(DataError, match="input 'x' is a scalar and has no batch axis; make it a constant"):
+        open_samples({"x": np.ones(3)}, [InputSpec("x", F32, ())])
+    with pytest.raises(DataError, match="the model has no inputs"):
+        open_samples({}, [])
+
+
+# Shuffled
+
+
+def test_shuffled_epochs_cover_every_sample_once(tmp_path: Path) -> None:
+    samples = open_samples(write_shards(tmp_path, [5, 1, 7, 3]), [X])
+    stream = samples.shuffled(3, seed=1)
+    epochs = [list(islice(stream, 5)) for _ in range(3)]  # 16 samples: 5 batches and one sample dropped
+    orders = []
+    for epoch in epochs:
+        for batch in epoch:
+            assert batch.labels is not None
+            assert numbers(batch) == batch.index.tolist() == batch.labels.tolist()
+        orders.append([number for batch in epoch for number in numbers(batch)])
+        assert len(set(orders[-1])) == 15
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("window", [1, 6 * 24, 1 << 20])
+def test_windows_keep_coverage_and_batches_cross_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(data, "WINDOW_LIMIT", window)
+    samples = open_samples(write_shards(tmp_path, [2, 3, 1, 4, 2]), [X])
+    order = [number for batch in islice(samples.shuffled(4, seed=0), 3) for number in numbers(batch)]
+    assert sorted(order) == list(range(12))
+
+
+def test_shuffled_holds_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [])
+    for shard in range(16):
+        write_npz(tmp_path / f"{shard}.npz", x=np.zeros((8, 1 << 15), np.float32))  # 1 MiB
+    monkeypatch.setattr(data, "WINDOW_LIMIT", 2 << 20)
+    samples = open_samples(tmp_path, [InputSpec("x", F32, (None, 1 << 15))])
+    tracemalloc.start()
+    for _ in islice(samples.shuffled(4, seed=0), 40):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20  # the window, what is read, two batches; all shards would be 16 MiB
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_shuffled_is_deterministic_and_resumable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    monkeypatch.setattr(data, "WINDOW_LIMIT", 6 * 24)
+    source: Path | Mapping[str, Array] = write_shards(tmp_path, [5, 1, 7, 3])
+    if memory:
+        source = {"x": numbered(0, 16)}
+    samples = open_samples(source, [X])
+    whole = list(islice(samples.shuffled(3, seed=7), 14))
+    for skip in (0, 1, 4, 5, 6, 11):
+        resumed = list(islice(open_samples(source, [X]).shuffled(3, seed=7, skip=skip), 14 - skip))
+        assert all(same(a, b) for a, b in zip(whole[skip:], resumed, strict=True))
+    assert not all(same(a, b) for a, b in zip(whole, samples.shuffled(3, seed=8), strict=False))
+
+
+def test_skipping_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = open_samples(write_shards(tmp_path, [4] * 8), [X])
+    monkeypatch.setattr(data, "WINDOW_LIMIT", 1)
+    opened: list[str] = []
+    zip_file = zipfile.ZipFile
+
+    def spy(path: Path) -> zipfile.ZipFile:
+        opened.append(path.name)
+        return zip_file(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", spy)
+    next(samples.shuffled(4, seed=0, skip=8 * 1000 + 7))
+    assert len(opened) == 1
+
+
+def test_shuffled_needs_a_full_batch() -> None:
+    samples = open_samples({"x": numbered(0, 3)}, [X])
+    with pytest.raises(DataError, match=r"number of samples is 3, but one batch needs 4; .* --batch-size 3"):
+        samples.shuffled(4, seed=0)
+
+
+# Subsets
+
+
+def test_split_is_disjoint_complete_and_spread(tmp_path: Path) -> None:
+    samples = open_samples(write_shards(tmp_path, [10, 10, 10, 10]), [X])
+    rest, held = samples.split(0.1, limit=100)
+    a, b = ([n for batch in part.batches(3) for n in numbers(batch)] for part in (rest, held))
+    assert b == [5, 15, 25, 35]
+    assert sorted(a + b) == list(range(40))
+    assert (rest.count, held.count) == (36, 4)
+    first = [batch.index.tolist() for batch in held.batches(4)]
+    assert first == [b]
+    again = samples.split(0.1, limit=100)
+    assert np.array_equal(again[1]._chosen, held._chosen)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "limit", "held"),
+    [(100, 0.5, 7, 7), (10, 0.01, 5, 1), (2, 0.99, 5, 1), (10, 0.99, 50, 9)],
+)
+def test_split_sizes(count: int, fraction: float, limit: int, held: int) -> None:
+    rest, part = open_samples({"x": numbered(0, count)}, [X]).split(fraction, limit)
+    assert (rest.count, part.count) == (count - held, held)
+
+
+def test_take_is_evenly_spaced_and_nests(tmp_path: Path) -> None:
+    samples = open_samples(write_shards(tmp_path, [10, 1, 9]), [X])
+    part = samples.take(5)
+    assert [n for batch in part.batches(2) for n in numbers(batch)] == [2, 6, 10, 14, 18]
+    assert [n for batch in part.take(2).batches(2) for n in numbers(batch)] == [6, 14]
+    assert samples.take(1000).count == 20
+
+
+def test_shuffled_subset_stays_in_the_subset(tmp_path: Path) -> None:
+    part = open_samples(write_shards(tmp_path, [10, 1, 9]), [X]).take(6)
+    chosen = part._chosen.tolist()
+    order = [n for batch in islice(part.shuffled(2, seed=0), 3) for n in numbers(batch)]
+    assert sorted(order) == chosen
+
+
+def test_splitting_one_sample() -> None:
+    with pytest.raises(DataError, match="holds 1 sample, which cannot be split in two; add samples"):
+        open_samples({"x": numbered(0, 1)}, [X]).split(0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.batches(0), "batch size is 0; pass a number of at least 1"),
+        (lambda s: s.shuffled(0, 0), "batch size is 0"),
+        (lambda s: s.shuffled(1, -1), "seed is -1; pass a number of at least 0"),
+        (lambda s: s.shuffled(1, 0, skip=-1), "number of batches to skip is -1"),
+        (lambda s: s.take(0), "limit of samples is 0"),
+        (lambda s: s.split(0.5, 0), "limit of held-out samples is 0"),
+        (lambda s: s.split(0, 1), "held-out fraction is 0; pass a number between 0 and 1"),
+        (lambda s: s.split(1.0, 1), "held-out fraction is 1.0"),
+    ],
+)
+def test_arguments_out_of_range(call: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(open_samples({"x": numbered(0, 4)}, [X]))
+
+
+# Hash
+
+
+def test_sha256_depends_on_names_contents_and_choice(tmp_path: Path) -> None:
+    def digest(source: Path) -> str:
+        return open_samples(source, [X]).sha256()
+
+    a = write_shards(tmp_path / "a", [3, 4])
+    before = digest(a)
+    moved = a.rename(tmp_path / "moved")
+    assert digest(moved) == before
+    samples = open_samples(moved, [X])
+    assert samples.take(7).sha256() == before
+    assert len({before, samples.take(3).sha256(), *(part.sha256() for part in samples.split(0.3, 9))}) == 4
+    (moved / "shard01.npz").rename(moved / "shard02.npz")
+    renamed = digest(moved)
+    write_npz(moved / "shard02.npz", x=numbered(9, 4), labels=np.arange(4))
+    assert len({before, renamed, digest(moved)}) == 3
+
+
+def test_sha256_of_arrays_in_memory() -> None:
+    def digest(x: Array) -> str:
+        return open_samples({"x": x}, [X]).sha256()
+
+    x = numbered(0, 3)
+    assert digest(x) == digest(np.asfortranarray(x))
+    assert len({digest(x), digest(x + 1), digest(x.astype(np.float64)), digest(x[:2])}) == 4
+
+
+# Memory
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_batches_stream_a_shard(tmp_path: Path, save: Any) -> None:
+    rows, width = 1024, 16384  # 64 MiB
+    x = np.zeros((rows, width), np.float32)
+    x[:, 0] = np.arange(rows)
+    save(tmp_path / "a.npz", x=x)
+    del x
+    tracemalloc.start()
+    samples = open_samples(tmp_path, [InputSpec("x", F32, (None, width))])
+    seen = [value for batch in samples.batches(16) for value in batch.inputs["x"][:, 0].tolist()]
+    seen += next(samples.take(1).batches(1)).inputs["x"][:, 0].tolist()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seen == [*range(rows), rows // 2]
+    assert peak < 8 << 20
+
+
+def test_labels_are_checked_without_reading_the_inputs(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=np.zeros((64, 1 << 15), np.float32), labels=np.arange(64))  # 8 MiB
+    samples = open_samples(tmp_path, [InputSpec("x", F32, (None, 1 << 15))])
+    tracemalloc.start()
+    check_labels(samples, 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
+# What is refused
+
+
+def test_no_such_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist; pass a directory"):
+        open_samples(tmp_path / "nowhere", [X])
+
+
+def test_source_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"a\.txt is neither a directory nor a \.npz or \.npy file"):
+        open_samples(tmp_path / "a.txt", [X])
+
+
+def test_directory_without_samples(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no \.npz or \.npy file directly in it; save some"):
+        open_samples(tmp_path, [X])
+
+
+def test_directory_with_both_kinds(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=numbered(0, 1))
+    np.save(tmp_path / "b.npy", numbered(0, 1))
+    with pytest.raises(DataError, match=r"both \.npz and \.npy files: a\.npz, b\.npy; keep one kind"):
+        open_samples(tmp_path, [X])
+
+
+def test_dangling_link(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"a\.npz is not a file \(a dangling link\?\); remove it"):
+        open_samples(tmp_path, [X])
+
+
+def test_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(.*Permission denied.*\); check it"):
+        open_samples(tmp_path, [X])
+
+
+def test_npy_for_several_inputs(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", numbered(0, 1))
+    with pytest.raises(
+        DataError, match=r"a\.npy holds one array, .* inputs \['x', 'ids'\]; save \.npz files"
+    ):
+        open_samples(tmp_path, [X, IDS])
+
+
+ONES = np.ones((2, 3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"arr_0": ONES},
+            r"no array for the model's input 'x': it has \['arr_0'\], the model wants \['x'\]; name",
+        ),
+        (
+            {"x": ONES, "y": ONES},
+            r"array 'y' is no input .* it has \['x', 'y'\], .* \['x'\]; remove or rename it",
+        ),
+        (
+            {"x": ONES[0]},
+            r"array 'x' has shape \(3, 2\), but the model wants \(samples, 3, 2\); save it in that",
+        ),
+        (
+            {"x": np.ones((2, 2, 3))},
+            r"array 'x' has shape \(2, 2, 3\), but the model wants \(samples, 3, 2\)",
+        ),
+        ({"x": np.float32(1)}, r"array 'x' has shape \(\), but"),
+        ({"x": ONES[:0]}, r"array 'x' has shape \(0, 3, 2\) and so no samples; add some or remove it"),
+        (
+            {"x": ONES.astype(np.uint8)},
+            "'x' is uint8, but the model wants float32; apply the model's preprocessing",
+        ),
+        (
+            {"x": ONES.astype(np.int64)},
+            "'x' is int64, but the model wants float32; apply the model's preprocessing",
+        ),
+        ({"x": ONES.astype(bool)}, "'x' is bool, but the model wants float32; save it as float32"),
+        (
+            {"x": ONES.astype(np.complex64)},
+            "'x' is complex64, but the model wants float32; save it as float32",
+        ),
+        (
+            {"x": ONES, "labels": np.ones(2)},
+            r"'labels' is float64 of shape \(2,\), but labels are one class number",
+        ),
+        (
+            {"x": ONES, "labels": np.eye(2, dtype=int)},
+            r"'labels' is int64 of shape \(2, 2\), .* argmax of one-hot",
+        ),
+        (
+            {"x": ONES, "labels": np.arange(3)},
+            "'labels' has 3 samples, but 'x' has 2; give all arrays .* same first",
+        ),
+    ],
+)
+@pytest.mark.parametrize("memory", [False, True])
+def test_arrays_that_do_not_fit(tmp_path: Path, memory: bool, arrays: dict[str, Array], message: str) -> None:
+    source: Path | Mapping[str, Array] = arrays if memory else write_npz(tmp_path / "a.npz", **arrays)
+    with pytest.raises(
+        DataError, match=("the samples in memory" if memory else r"a\.npz") + ".*" + message
+    ) as error:
+        open_samples(source, [X])
+    assert "\n" not in str(error.value)
+
+
+def test_wanted_shape_shows_free_dims() -> None:
+    with pytest.raises(DataError, match=r"wants \(samples, any, 2\)"):
+        open_samples({"x": ONES[0]}, [InputSpec("x", F32, (None, None, 2))])
+
+
+def test_integer_types_that_are_not_converted() -> None:
+    with pytest.raises(DataError, match="'ids' is int16, but the model wants int64; save it as int64"):
+        open_samples({"ids": np.ones((1, 4), np.int16)}, [IDS])
+    with pytest.raises(DataError, match="'ids' is float32, but the model wants int64; save it as int64"):
+        open_samples({"ids": np.ones((1, 4), np.float32)}, [IDS])
+
+
+def test_inputs_of_unequal_length() -> None:
+    with pytest.raises(DataError, match="'ids' has 3 samples, but 'x' has 2; give all arrays"):
+        open_samples({"x": ONES, "ids": np.ones((3, 4), np.int64)}, [X, IDS])
+
+
+def test_ragged_lists_in_memory() -> None:
+    ragged: Any = {"x": [[1.0], [1.0, 2.0]]}
+    with pytest.raises(DataError, match=r"the samples in memory cannot be read \(.*inhomogeneous"):
+        open_samples(ragged, [X])
+
+
+def test_labels_in_some_files_only(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=ONES, labels=np.arange(2))
+    write_npz(tmp_path / "b.npz", x=ONES)
+    with pytest.raises(
+        DataError, match=r"b\.npz has no array 'labels', but .*a\.npz has one; add it to every"
+    ):
+        open_samples(tmp_path, [X])
+
+
+def test_python_objects_are_not_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return pytest.fail, ("unpickled",)
+
+    bombs = np.array([Bomb(), Bomb()], dtype=object)
+    np.save(tmp_path / "a.npy", bombs, allow_pickle=True)
+    write_npz(tmp_path / "b.npz", x=bombs)
+    for name in ("a.npy", "b.npz"):
+        with pytest.raises(DataError, match=f"{name}.* holds Python objects, which are never unpickled"):
+            open_samples(tmp_path / name, [X])
+
+
+@pytest.mark.parametrize(
+    "shape", ["(1000000000000, 3, 2)", "(-1, 3, 2)", "(0, 3, 2)", "(3, 3, 2)", "(1, 3, 2)"]
+)
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_header_that_claims_another_size(
+    tmp_path: Path, shape: str, version: tuple[int, int], kind: str
+) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+    write_raw(tmp_path / f"a.{kind}", header_bytes(header, version) + bytes(48))
+    with pytest.raises(
+        DataError, match=r"has 48 bytes of values, but float32 of shape .*damaged, write it again"
+    ):
+        open_samples(tmp_path, [X])
+
+
+def write_raw(path: Path, content: bytes) -> None:
+    """`content` as a `.npy` file, or as the array `x` of a `.npz` file."""
+    if path.suffix == ".npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content)
+
+
+def test_negative_axes_are_no_samples(tmp_path: Path) -> None:
+    header = header_bytes("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}")
+    (tmp_path / "a.npy").write_bytes(header + bytes(16))
+    with pytest.raises(DataError, match=r"shape \(-2, -2\) and so no samples"):
+        open_samples(tmp_path, [InputSpec("x", F32, (None, None))])
+
+
+def test_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    content = np.lib.format.magic(2, 0) + (64 << 20).to_bytes(4, "little") + bytes(64 << 20)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("x.npy", content)
+    del content
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.npz cannot be read \(EOF: reading array header"):
+        open_samples(tmp_path, [X])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no array",
+        np.lib.format.magic(3, 0) + bytes(100),
+        header_bytes("{'descr': '<f4', 'fortran_order': False}"),
+        header_bytes("{'descr': 'nonsense', 'fortran_order': False, 'shape': (2,)}"),
+        header_bytes("{'descr': ('<f4', ('a', 'b')), 'fortran_order': False, 'shape': (2,)}"),
+        header_bytes("{'descr': [()], 'fortran_order': False, 'shape': (2,)}"),
+        header_bytes("{'descr': '<f4', 'fortran_order': False, 'shape': ('2',)}"),
+        header_bytes("(" * 9000),
+        header_bytes("-" * 9000 + "1"),
+        header_bytes("'''"),
+        header_bytes("\0\n\\"),
+        header_bytes("__import__('os').getpid()"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_malformed_arrays(tmp_path: Path, content: bytes, kind: str) -> None:
+    write_raw(tmp_path / f"a.{kind}", content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            DataError, match=rf"a\.{kind} cannot be read \(.+\); check it or write it"
+        ) as error:
+            open_samples(tmp_path, [X])
+    assert "\n" not in str(error.value)
+
+
+def test_random_damage_is_one_line(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "good.npz", x=numbered(0, 4), labels=np.arange(4))
+    np.save(tmp_path / "good.npy", numbered(0, 4))
+    for name in ("good.npz", "good.npy"):
+        good = np.fromfile(tmp_path / name, np.uint8)
+        for trial in range(300):
+            bad = good.copy()
+            places = rng.integers(
+                0, min(len(bad), 128 if name == "good.npy" else len(bad)), size=1 + trial % 4
+            )
+            bad[places] = rng.integers(0, 256, size=len(places))
+            path = tmp_path / f"bad{Path(name).suffix}"
+            path.write_bytes(bad[: None if trial % 3 else int(rng.integers(0, len(bad)))].tobytes())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    read(open_samples(path, [X]))
+                except DataError as error:
+                    assert "\n" not in str(error)  # noqa: PT017 - damage need not be noticed
+
+
+def read(samples: Samples) -> None:
+    for _ in samples.batches(2):
+        pass
+
+
+def test_arrays_above_the_limit(tmp_path: Path) -> None:
+    header = header_bytes(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({(4 << 30) + 1},)}}")
+    path = tmp_path / "a.npy"
+    path.write_bytes(header)
+    os.truncate(path, len(header) + (4 << 30) + 1)  # sparse
+    with pytest.raises(DataError, match=r"a\.npy has 4294967297 bytes, more than 4294967296 .*smaller files"):
+        open_samples(path, [InputSpec("x", np.dtype(np.uint8), (None,))])
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    content = npy_bytes(ONES)
+    (tmp_path / "a.npy").write_bytes(content[:-1])
+    with pytest.raises(
+        DataError, match=r"a\.npy has 47 bytes of values, .* which needs 48; the file is damaged"
+    ):
+        open_samples(tmp_path / "a.npy", [X])
+    path = write_npz(tmp_path / "a.npz", x=ONES)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"a\.npz cannot be read \(File is not a zip file\)"):
+        open_samples(path, [X])
+
+
+def test_file_truncated_after_opening(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ONES)
+    samples = open_samples(tmp_path, [X])
+    os.truncate(tmp_path / "a.npy", 150)
+    with pytest.raises(DataError, match=r"a\.npy cannot be read \(it ends early\)"):
+        read(samples)
+
+
+def test_file_removed_after_opening(tmp_path: Path) -> None:
+    samples = open_samples(write_npz(tmp_path / "a.npz", x=ONES), [X])
+    (tmp_path / "a.npz").unlink()
+    for use in (read, Samples.sha256, lambda s: next(s.shuffled(1, 0))):
+        with pytest.raises(DataError, match=r"a\.npz cannot be read \(.*No such file"):
+            use(samples)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_corrupt_contents_are_found_by_their_checksum(tmp_path: Path, save: Any) -> None:
+    save(tmp_path / "a.npz", x=np.zeros((40, 3, 2), np.float32))
+    samples = open_samples(tmp_path, [X])
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") - 9] ^= 1  # near the end of the array
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"a\.npz cannot be read \((Bad CRC-32|Error -3|it ends early).*\); check"
+    ):
+        read(samples)
+
+
+def patched_flags(path: Path, flag: int) -> None:
+    """Set a general purpose flag in the local and the central header of the only member."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x03\x04") + 6] |= flag
+    content[content.index(b"PK\x01\x02") + 8] |= flag
+    path.write_bytes(content)
+
+
+def test_encrypted_file(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", x=ONES)
+    patched_flags(path, 1)
+    with pytest.raises(DataError, match=r"a\.npz cannot be read \(.*encrypted, password required.*\)"):
+        open_samples(path, [X])
+
+
+def test_other_zip_compression(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("x.npy", npy_bytes(ONES))
+    with pytest.raises(DataError, match=r"array 'x' has zip compression 12, not 0 or 8"):
+        open_samples(tmp_path, [X])
+
+
+def test_array_twice_in_one_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", npy_bytes(ONES))
+        archive.writestr("x", npy_bytes(ONES))
+    with pytest.raises(DataError, match=r"a\.npz cannot be read \(array 'x' is in it twice\)"):
+        open_samples(tmp_path, [X])
+
+
+# Values
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.parametrize("memory", [False, True])
+def test_values_that_are_not_finite(tmp_path: Path, value: float, memory: bool) -> None:
+    x = np.ones((7, 3, 2))
+    x[5, 2, 1] = value
+    write_npz(tmp_path / "a.npz", x=np.ones((2, 3, 2)))
+    source: Any = {"x": x} if memory else write_npz(tmp_path / "b.npz", x=x).parent
+    where = "the samples in memory" if memory else r"b\.npz"
+    samples = open_samples(source, [X])
+    message = (
+        rf"{where}: array 'x' is NaN, infinite or too large for float32 in sample 5 of the file; correct"
+    )
+    for use in (read, lambda s: list(islice(s.shuffled(7, 0), 2))):
+        with pytest.raises(DataError, match=message):
+            use(samples)
+
+
+def test_integers_that_do_not_fit() -> None:
+    ids = np.zeros((3, 4), np.int64)
+    ids[1, 3] = 1 << 31
+    samples = open_samples({"ids": ids}, [InputSpec("ids", I32, (None, 4))])
+    with pytest.raises(DataError, match="array 'ids' is out of range for int32 in sample 1 of the file"):
+        read(samples)
+
+
+def test_labels_that_do_not_fit() -> None:
+    samples = open_samples({"x": ONES, "labels": np.array([0, (1 << 64) - 1], np.uint64)}, [X])
+    with pytest.raises(DataError, match="array 'labels' is out of range for int64 in sample 1 of the file"):
+        read(samples)
+
+
+@pytest.mark.parametrize("value", [-1, 10])
+def test_labels_are_class_numbers(tmp_path: Path, value: int) -> None:
+    write_npz(tmp_path / "a.npz", x=ONES, labels=np.array([0, 9]))
+    write_npz(tmp_path / "b.npz", x=ONES, labels=np.array([0, value]))
+    samples = open_samples(tmp_path, [X])
+    message = rf"b\.npz: the label of sample 1 of the file is {value}, .* has 10 classes; .* from 0 to 9"
+    with pytest.raises(DataError, match=message):
+        check_labels(samples, 10)
+    check_labels(samples.take(1), 10)  # sample 2, the first of b.npz
+
+
+def test_checking_labels_that_are_not_there() -> None:
+    with pytest.raises(DataError, match="has no labels; add an integer array 'labels' to every file"):
+        check_labels(open_samples({"x": ONES}, [X]), 10)
+
+
+def test_require() -> None:
+    samples = open_samples({"x": ONES}, [X])
+    require(samples, 2, "calibration")
+    with pytest.raises(
+        DataError, match="in memory: the number of samples is 2, but calibration needs 3; add"
+    ):
+        require(samples, 3, "calibration")
