@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 from onnxqt.errors import OnnxqtError
 from onnxqt.model import Model, ingest
-from onnxqt.pipeline import Reference, Settings, Source, evaluate, export, prepare, record_ranges, trim
+from onnxqt.pipeline import Candidate, Settings, Workspace, export, open_workspace, record_ranges, trim
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Report
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme, parse_scheme
@@ -15,21 +15,20 @@ from onnxqt.verify import Verdict, verify
 
 __all__ = [
     "DEFAULT_SCHEMES",
+    "Candidate",
     "Model",
     "OnnxqtError",
     "QuantPlan",
-    "Reference",
     "Report",
     "Scheme",
     "Settings",
-    "Source",
     "Verdict",
-    "evaluate",
+    "Workspace",
     "export",
     "ingest",
     "make_plan",
+    "open_workspace",
     "parse_scheme",
-    "prepare",
     "record_ranges",
     "trim",
     "verify",

@@ -19,18 +19,21 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxqt import __version__
-from onnxqt.calibrate import RANGE_METHODS, RangeMethod, RangeTable, make_quantizers
+from onnxqt.calibrate import RANGE_METHODS, RangeMethod
 from onnxqt.data import InputSpec, fixed_batch, open_samples
 from onnxqt.emulate import load_program
 from onnxqt.errors import OnnxqtError
-from onnxqt.export import make_folder, neutral_table, write_json
+from onnxqt.export import write_json
 from onnxqt.metrics import Tally
 from onnxqt.model import GraphIndex, ingest
 from onnxqt.pipeline import (
     EVALUATION_BATCH,
+    SCHEMES_FOLDER,
+    TABLE,
+    Candidate,
     Settings,
-    Source,
-    prepare,
+    make_table,
+    open_workspace,
     record_ranges,
 )
 from onnxqt.pipeline import export as export_files
@@ -244,13 +247,11 @@ def calibrate(
         onnxqt calibrate model.onnx --data calib/ --ranges percentile
     """
     settings = _settings(schemes, ranges=ranges)
-    folder = make_folder(out or Path(f"{model.stem}-onnxqt"))
-    source, table = _calibrated(model, data, settings)
-    quantizers = {
-        str(scheme): make_quantizers(source.model, source.plan, table, scheme, ranges) for scheme in settings.schemes
-    }
-    content = neutral_table(source.model, source.plan, table, quantizers)
-    write_json(folder / "table.json", content)
+    with _Bar() as bar:
+        work = open_workspace(model, data, None, out, settings, bar)
+        table = record_ranges(work, work.source.model)
+    content = make_table(work, Candidate(work.source.model, table))
+    write_json(work.folder / TABLE, content)
     if as_json:
         _print_json(content)
         return
@@ -260,7 +261,7 @@ def calibrate(
         if entry["role"] != "bias"
     ]
     _print_table(f"{table.samples} samples", [("tensor", "role", "min", "max"), *rows])
-    click.echo(f"wrote {folder / 'table.json'}")
+    click.echo(f"wrote {work.folder / TABLE}")
 
 
 @main.command()
@@ -276,10 +277,10 @@ def export(
         onnxqt export checkpoint.onnx --data calib/ --scheme w8a8-sym-pc
     """
     settings = _settings(schemes, ranges=ranges)
-    folder = make_folder(out or Path(f"{model.stem}-onnxqt"))
-    source, table = _calibrated(model, data, settings)
     with _Bar() as bar:
-        exported = export_files(source, source.model, table, settings, folder, bar)
+        work = open_workspace(model, data, None, out, settings, bar)
+        checkpoint = Candidate(work.source.model, record_ranges(work, work.source.model))
+        exported = export_files(work, checkpoint)
     content = {
         name: {
             "max_lsb": scheme.verdict.max_lsb,
@@ -297,7 +298,7 @@ def export(
         for name, row in content.items()
     ]
     _print_table("emulator against ONNX Runtime", [header, *rows])
-    click.echo(f"wrote {folder}")
+    click.echo(f"wrote {work.folder / SCHEMES_FOLDER} and {work.folder / TABLE}")
 
 
 @main.command()
@@ -358,12 +359,6 @@ def _emulated(tally: Tally, compared: bool) -> tuple[str, ...]:
 def _settings(schemes: Sequence[str], **rest: Any) -> Settings:
     chosen = tuple(dict.fromkeys(parse_scheme(name) for name in schemes)) or DEFAULT_SCHEMES
     return Settings(schemes=chosen, **rest)
-
-
-def _calibrated(model: Path, data: Path, settings: Settings) -> tuple[Source, RangeTable]:
-    with _Bar() as bar:
-        source = prepare(model, data, None, settings)
-        return source, record_ranges(source, source.model, bar)
 
 
 def _percent(outcome: dict[str, Any]) -> str:

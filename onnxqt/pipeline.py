@@ -1,7 +1,6 @@
 """The stages in order: from a model file and a folder of samples to a run directory and its report."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import onnx
 
-from onnxqt.calibrate import RangeMethod, RangeTable, calibrate, make_quantizers
+from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
 from onnxqt.data import Batch, InputSpec, Samples, check_labels, fixed_batch, open_samples, require
-from onnxqt.emulate import load_program
 from onnxqt.errors import UsageError
+from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import file_sha256, make_folder, neutral_table, quantized_model, write_json, write_model
-from onnxqt.metrics import Tally
 from onnxqt.model import Model, ingest
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
@@ -25,20 +23,20 @@ from onnxqt.schemes import DEFAULT_SCHEMES, Scheme
 from onnxqt.trim import DEFAULT_LEARNING_RATE, HELD_FRACTION, HELD_LIMIT, Trimmed, TrimSettings
 from onnxqt.trim import trim as fine_tune
 from onnxqt.trim.losses import LossName
-from onnxqt.verify import Verdict, lsb_difference, verify
+from onnxqt.verify import Verdict, verify
 
 CALIBRATION_LIMIT = 512  # samples whose ranges are recorded
+CALIBRATION_BATCH = 32
 VERIFY_LIMIT = 64  # samples on which every exported file is checked
 EVALUATION_BATCH = 64
-_CACHE_LIMIT = 256 << 20  # bytes of reference outputs kept in memory
-CALIBRATION_BATCH = 32
+
 CHECKPOINT = "checkpoint.onnx"
 TABLE = "table.json"
+REPORT = "report.json"
 TRAINING_FOLDER = "training"
 SCHEMES_FOLDER = "schemes"
 
 Data = str | Path | Mapping[str, Array]
-Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 class Progress(Protocol):
@@ -152,6 +150,41 @@ def input_specs(model: Model) -> list[InputSpec]:
     return [InputSpec(name, graph.dtype(name), graph.shape(name) or ()) for name in graph.inputs]
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Float weights with the activation ranges that go with them."""
+
+    model: Model
+    ranges: RangeTable
+
+    def quantizers(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> Quantizers:
+        """The parameters of every quantizer under a scheme."""
+        return make_quantizers(self.model, plan, self.ranges, scheme, method)
+
+    def quantized(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> onnx.ModelProto:
+        """The QDQ model under a scheme."""
+        return quantized_model(self.model, plan, self.quantizers(plan, scheme, method))
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """What every stage of a run works on."""
+
+    source: Source
+    settings: Settings
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedScheme:
+    """A quantized model that was written, what it was made of, and the check that it passed."""
+
+    model: onnx.ModelProto
+    made_of: Candidate
+    verdict: Verdict
+
+
 def trim(
     model: str | Path,
     data: Data,
@@ -161,6 +194,9 @@ def trim(
     progress: Progress | None = None,
 ) -> Report:
     """The whole job: fine-tune a model and write its checkpoint, quantized files, table and report.
+
+    Each quantized file is made of the weights that lose less under its scheme on the held-out samples: the
+    checkpoint's or, where training did not help, the original ones.
 
     Args:
         model: an ONNX file.
@@ -176,79 +212,74 @@ def trim(
     Raises:
         OnnxqtError: one line that names what is wrong, where, and what to do.
     """
-    settings, progress = settings or Settings(), progress or Silent()
     started = time.perf_counter()
+    settings = settings or Settings()
     if settings.steps:
         check_trainer()
-    progress.stage("read the model and the samples")
-    source = prepare(Path(model), data, evaluation, settings)
-    folder = make_folder(Path(out) if out is not None else Path(f"{Path(model).stem}-onnxqt"))
-    ranges = record_ranges(source, source.model, progress)
-    trimmed = _train(source, data, ranges, settings, folder, progress)
-    after = record_ranges(source, trimmed.model, progress) if trimmed.best_step else ranges
-    write_model(folder / CHECKPOINT, trimmed.model.proto)
-    exported = export(source, trimmed.model, after, settings, folder, progress)
-    reference = Reference(source)
-    quantizers = {
-        str(scheme): make_quantizers(source.model, source.plan, ranges, scheme, settings.ranges)
-        for scheme in settings.schemes
-    }
-    results = {}
-    for name, scheme in exported.items():
-        untouched = quantized_model(source.model, source.plan, quantizers[name])
-        results[name] = _judge(name, untouched, scheme, reference, progress)
+    work = open_workspace(Path(model), data, evaluation, out, settings, progress)
+    source, folder = work.source, work.folder
+    original = checkpoint = Candidate(source.model, record_ranges(work, source.model))
+    trimmed = _train(work, data, original.ranges)
+    if trimmed.best_step:
+        checkpoint = Candidate(trimmed.model, record_ranges(work, trimmed.model))
+    write_model(folder / CHECKPOINT, checkpoint.model.proto)
+    kept = {name: original for name, helped in trimmed.helped.items() if not helped}
+    exported = export(work, checkpoint, kept)
+    reference = Reference(source.model, lambda: source.batches(source.evaluation))
     findings = Findings(
         model=source.model,
         plan=source.plan,
         settings=settings.as_json(),
-        data={
-            "calibration": {"samples": source.samples.count, "sha256": source.samples.sha256()},
-            "evaluation": {
-                "samples": source.evaluation.count,
-                "sha256": source.evaluation.sha256(),
-                "held_out": evaluation is None,
-            },
-        },
+        data=_data_facts(source, held_out=evaluation is None),
         original=evaluate(Session(source.model.proto).run, reference),
-        checkpoint=evaluate(Session(trimmed.model.proto).run, reference),
+        checkpoint=evaluate(Session(checkpoint.model.proto).run, reference),
         trimmed=trimmed,
-        schemes=results,
-        files={
-            str(file): file_sha256(folder / file)
-            for file in (Path(CHECKPOINT), Path(TABLE), *(scheme_file(name) for name in exported))
+        schemes={
+            str(scheme): _judge(work, (original, checkpoint), scheme, exported[str(scheme)], reference)
+            for scheme in settings.schemes
         },
+        files={file: file_sha256(folder / file) for file in (CHECKPOINT, TABLE, *map(scheme_file, exported))},
         seconds=time.perf_counter() - started,
     )
     report = build_report(findings)
-    write_json(folder / "report.json", report.content)
+    write_json(folder / REPORT, report.content)
     return report
 
 
-def record_ranges(source: Source, model: Model, progress: Progress | None = None) -> RangeTable:
-    """Calibrate a model of the graph that `source` was planned for, on at most 512 samples."""
-    progress = progress or Silent()
+def open_workspace(
+    model: Path,
+    data: Data,
+    evaluation: Data | None = None,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Workspace:
+    """Everything that can go wrong before the work begins: the model, the samples, the run directory."""
+    settings, progress = settings or Settings(), progress or Silent()
+    progress.stage("read the model and the samples")
+    source = prepare(model, data, evaluation, settings)
+    folder = make_folder(Path(out) if out is not None else Path(f"{model.stem}-onnxqt"))
+    return Workspace(source, settings, folder, progress)
+
+
+def record_ranges(work: Workspace, model: Model) -> RangeTable:
+    """Calibrate a model of the graph that the workspace was planned for, on at most 512 samples."""
+    source = work.source
     samples = source.samples.take(CALIBRATION_LIMIT)
-    progress.stage("calibrate", samples.count)
-    return calibrate(model, source.plan, samples, source.fixed_batch or CALIBRATION_BATCH, progress.advance)
+    work.progress.stage("calibrate", samples.count)
+    batch_size = source.fixed_batch or CALIBRATION_BATCH
+    return calibrate(model, source.plan, samples, batch_size, work.progress.advance)
 
 
 def export(
-    source: Source,
-    model: Model,
-    ranges: RangeTable,
-    settings: Settings,
-    folder: Path,
-    progress: Progress | None = None,
-) -> dict[str, "ExportedScheme"]:
+    work: Workspace, checkpoint: Candidate, kept: Mapping[str, Candidate] | None = None
+) -> dict[str, ExportedScheme]:
     """Write the quantized file of each scheme and the neutral table; each file is checked before it is written.
 
     Args:
-        source: the plan, and the samples to check with.
-        model: the float checkpoint, of the graph that the plan was made for.
-        ranges: the checkpoint's activation ranges.
-        settings: the schemes, and how clips are chosen.
-        folder: an existing folder.
-        progress: see `Progress`.
+        work: the plan, the settings, the samples to check with and the folder to write to.
+        checkpoint: what the files are made of; the table describes it under every scheme.
+        kept: for some schemes, what their files are made of instead.
 
     Returns:
         The quantized models with their checks, by scheme name.
@@ -256,99 +287,55 @@ def export(
     Raises:
         ContradictionError: if the emulator and ONNX Runtime disagree on a file, which is then not written.
     """
-    progress = progress or Silent()
-    progress.stage("export and check", len(settings.schemes))
-    make_folder(folder / SCHEMES_FOLDER)
-    quantizers, exported = {}, {}
-    checked = source.samples.take(VERIFY_LIMIT)
+    source, settings = work.source, work.settings
+    work.progress.stage("export and check", len(settings.schemes))
+    make_folder(work.folder / SCHEMES_FOLDER)
+    exported = {}
     for index, scheme in enumerate(settings.schemes):
         name = str(scheme)
-        quantizers[name] = make_quantizers(model, source.plan, ranges, scheme, settings.ranges)
-        quantized = quantized_model(model, source.plan, quantizers[name])
-        verdict = verify(name, quantized, (batch.inputs for batch in source.batches(checked)))
-        write_model(folder / scheme_file(name), quantized)
-        exported[name] = ExportedScheme(quantized, verdict)
-        progress.advance(index + 1, name)
-    write_json(folder / TABLE, neutral_table(model, source.plan, ranges, quantizers))
+        candidate = (kept or {}).get(name, checkpoint)
+        quantized = candidate.quantized(source.plan, scheme, settings.ranges)
+        checked = source.batches(source.samples.take(VERIFY_LIMIT))
+        verdict = verify(name, quantized, (batch.inputs for batch in checked))
+        write_model(work.folder / scheme_file(name), quantized)
+        exported[name] = ExportedScheme(quantized, candidate, verdict)
+        work.progress.advance(index + 1)
+    write_json(work.folder / TABLE, make_table(work, checkpoint))
     return exported
 
 
-@dataclass(frozen=True, eq=False)
-class ExportedScheme:
-    """A quantized model that was written, and the check it passed."""
-
-    model: onnx.ModelProto
-    verdict: Verdict
-
-
-def evaluate(run: Run, reference: "Reference", progress: Progress | None = None) -> dict[str, Tally]:
-    """Compare a way to run a model with the original over the evaluation samples, per float output."""
-    progress = progress or Silent()
-    tallies = {name: Tally() for name in reference.outputs}
-    for batch, expected in reference:
-        outputs = run(batch.inputs)
-        for name, tally in tallies.items():
-            tally.add(outputs[name][: len(batch.index)], expected[name], batch.labels)
-        progress.advance(next(iter(tallies.values())).samples)
-    return tallies
+def make_table(work: Workspace, checkpoint: Candidate) -> dict[str, Any]:
+    """The neutral table of a checkpoint under every scheme of the settings."""
+    plan, settings = work.source.plan, work.settings
+    quantizers = {str(scheme): checkpoint.quantizers(plan, scheme, settings.ranges) for scheme in settings.schemes}
+    return neutral_table(checkpoint.model, plan, checkpoint.ranges, quantizers)
 
 
-class Reference:
-    """The evaluation batches with the original model's outputs; kept in memory if they are small."""
-
-    def __init__(self, source: Source) -> None:
-        graph = source.model.graph
-        self.outputs = tuple(name for name in graph.outputs if graph.is_float(name))
-        self.count = source.evaluation.count
-        self._source = source
-        self._session = Session(source.model.proto)
-        self._kept: list[dict[str, Array]] = []
-        self._complete = False
-
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Array]]]:
-        for index, batch in enumerate(self._source.batches(self._source.evaluation)):
-            if self._complete:
-                yield batch, self._kept[index]
-                continue
-            outputs = self._session.run(batch.inputs)
-            expected = {name: outputs[name][: len(batch.index)] for name in self.outputs}
-            if index == len(self._kept) and self._bytes(expected) * (index + 1) < _CACHE_LIMIT:
-                self._kept.append(expected)
-            yield batch, expected
-        self._complete = len(self._kept) == index + 1
-
-    @staticmethod
-    def _bytes(outputs: Mapping[str, Array]) -> int:
-        return sum(output.nbytes for output in outputs.values())
-
-
-def scheme_file(name: str) -> Path:
+def scheme_file(name: str) -> str:
     """Where the quantized file of a scheme lies in a run directory."""
-    return Path(SCHEMES_FOLDER) / f"{name}.onnx"
+    return f"{SCHEMES_FOLDER}/{name}.onnx"
 
 
-def _train(
-    source: Source, data: Data, ranges: RangeTable, settings: Settings, folder: Path, progress: Progress
-) -> Trimmed:
+def _train(work: Workspace, data: Data, ranges: RangeTable) -> Trimmed:
+    source, settings = work.source, work.settings
     if not settings.steps:
-        return Trimmed(source.model, 0, 0, 0.0, 0.0, ())
+        return Trimmed(source.model, 0, 0, 0.0, 0.0, {})
     seen, _ = source.samples.split(HELD_FRACTION, HELD_LIMIT)
     require(seen, source.batch_size, "one training batch")
     automatic: LossName = "cross-entropy" if source.samples.has_labels else "distill"
-    loss = automatic if settings.loss == "auto" else settings.loss
-    workplace = make_folder(folder / TRAINING_FOLDER)
-    run = TrimSettings(
-        settings.schemes,
-        settings.steps,
-        source.batch_size,
-        settings.learning_rate,
-        settings.seed,
-        loss,
-        settings.ranges,
+    training = TrimSettings(
+        schemes=settings.schemes,
+        steps=settings.steps,
+        batch_size=source.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        loss=automatic if settings.loss == "auto" else settings.loss,
+        method=settings.ranges,
     )
-    progress.stage("trim", settings.steps)
-    where = _on_disk(data, workplace)
-    return fine_tune(source.model, source.plan, ranges, where, run, workplace, _shown(progress))
+    folder = make_folder(work.folder / TRAINING_FOLDER)
+    work.progress.stage("trim", settings.steps)
+    where = _on_disk(data, folder)
+    return fine_tune(source.model, source.plan, ranges, where, training, folder, _shown(work.progress))
 
 
 def _on_disk(data: Data, folder: Path) -> Path:
@@ -365,43 +352,35 @@ def _shown(progress: Progress) -> Callable[[dict[str, Any]], None]:
 
     def show(report: dict[str, Any]) -> None:
         if report["event"] == "step":
-            note = f"loss {report['loss']:.4f}  lambda {report['blend']:.2f}"
-            progress.advance(report["step"] + 1, note)
+            progress.advance(report["step"] + 1, f"loss {report['loss']:.4f}  lambda {report['blend']:.2f}")
 
     return show
 
 
 def _judge(
-    name: str, untouched: onnx.ModelProto, exported: ExportedScheme, reference: Reference, progress: Progress
+    work: Workspace,
+    candidates: tuple[Candidate, Candidate],
+    scheme: Scheme,
+    exported: ExportedScheme,
+    reference: Reference,
 ) -> SchemeResult:
-    """Run a scheme's files over the evaluation samples: before and after training, and by the emulator."""
-    program = load_program(exported.model)
-    session = Session(exported.model)
-    progress.stage(f"evaluate {name}", 2 * reference.count)
-    before = evaluate(Session(untouched).run, reference, progress)
-    tallies = {kind: {output: Tally() for output in reference.outputs} for kind in ("trim", "emulator")}
-    differences: list[tuple[int, int, int]] = []
-    overflows: Counter[str] = Counter()
-    for batch, expected in reference:
-        optimized, emulated = session.run(batch.inputs), program.run_codes(batch.inputs)
-        real = len(batch.index)
-        for output in reference.outputs:
-            tallies["trim"][output].add(optimized[output][:real], expected[output], batch.labels)
-            tallies["emulator"][output].add(emulated.outputs[output][:real], expected[output], batch.labels)
-        for output, codes in emulated.codes.items():
-            lsb = lsb_difference(optimized[output], emulated.outputs[output], float(codes.params.scale))
-            differences.append((int(lsb.max(initial=0)), int(np.count_nonzero(lsb)), lsb.size))
-        overflows.update(emulated.overflows)
-        progress.advance(reference.count + tallies["trim"][reference.outputs[0]].samples)
-    return SchemeResult(
-        ptq=before,
-        trim=tallies["trim"],
-        emulator=tallies["emulator"],
-        max_lsb=max(worst for worst, _, _ in differences) if differences else None,
-        mismatch_fraction=(
-            sum(n for _, n, _ in differences) / sum(n for _, _, n in differences) if differences else None
-        ),
-        float_nodes=program.float_nodes,
-        overflows=dict(+overflows),
-        verdict=exported.verdict,
-    )
+    """Run a scheme over the evaluation samples: original and checkpoint, and the written file by the emulator."""
+    original, checkpoint = candidates
+    plan, method = work.source.plan, work.settings.ranges
+    work.progress.stage(f"evaluate {scheme}", work.source.evaluation.count)
+    file = evaluate_file(exported.model, reference, work.progress.advance)
+    before = after = file.runtime
+    if exported.made_of is not original:
+        before = evaluate(Session(original.quantized(plan, scheme, method)).run, reference)
+    elif checkpoint is not original:
+        after = evaluate(Session(checkpoint.quantized(plan, scheme, method)).run, reference)
+    weights: Literal["checkpoint", "original"] = "checkpoint" if exported.made_of is checkpoint else "original"
+    return SchemeResult(before, after, weights, file, exported.verdict)
+
+
+def _data_facts(source: Source, held_out: bool) -> dict[str, Any]:
+    samples, judged = source.samples, source.evaluation
+    return {
+        "calibration": {"samples": samples.count, "sha256": samples.sha256()},
+        "evaluation": {"samples": judged.count, "sha256": judged.sha256(), "held_out": held_out},
+    }

@@ -3,9 +3,9 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from onnxqt.metrics import Tally
+from onnxqt.evaluate import FileResult, Tallies
 from onnxqt.model import Model
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import TRAINER, installed
@@ -15,7 +15,6 @@ from onnxqt.verify import Verdict
 SCHEMA_VERSION = "1.0"
 
 Json = dict[str, Any]
-Tallies = Mapping[str, Tally]  # by output name, the model's first output first
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,22 +23,16 @@ class SchemeResult:
 
     Attributes:
         ptq: the original model quantized to it, run by ONNX Runtime.
-        trim: the checkpoint quantized to it, run by ONNX Runtime.
-        emulator: the checkpoint's file, run by the emulator.
-        max_lsb: largest difference of an output code between the two runs of that file; None without codes.
-        mismatch_fraction: share of output codes that differ; None without codes.
-        float_nodes: (name, operator, reason) of each node that the emulator ran in float.
-        overflows: accumulators that wrapped, by node.
-        verdict: the check of the file.
+        checkpoint: the trained checkpoint quantized to it, run by ONNX Runtime.
+        weights: of which of the two the written file is made.
+        file: the written file, run by ONNX Runtime and the emulator.
+        verdict: the check of that file.
     """
 
     ptq: Tallies
-    trim: Tallies
-    emulator: Tallies
-    max_lsb: int | None
-    mismatch_fraction: float | None
-    float_nodes: Sequence[tuple[str, str, str]]
-    overflows: Mapping[str, int]
+    checkpoint: Tallies
+    weights: Literal["checkpoint", "original"]
+    file: FileResult
     verdict: Verdict
 
 
@@ -66,11 +59,12 @@ class Report:
     content: Json
 
     def summary(self) -> Sequence[tuple[str, ...]]:
-        """Rows for people: scheme, before, after, emulator, SNR before and after, LSB; the header first.
+        """Rows for people, the header first: one scheme each, before and after.
 
-        Shares are percent: top-1 where there are labels, else agreement with the original model.
+        Shares are percent: top-1 where there are labels, else agreement with the original model. `trim` is the
+        written file; `emulator` the same file in integer arithmetic; `LSB` how far the two are apart at most.
         """
-        rows = [("scheme", "PTQ", "trim", "emulator", "PTQ dB", "trim dB", "max LSB", "differing codes")]
+        rows = [("scheme", "PTQ", "trim", "emulator", "PTQ dB", "trim dB", "LSB", "differing", "weights")]
         for name, scheme in self.content["schemes"].items():
             emulator = scheme["emulator"]
             rows.append(
@@ -83,6 +77,7 @@ class Report:
                     _decibel(scheme["trim"]["fidelity"]),
                     "-" if emulator["max_lsb"] is None else str(emulator["max_lsb"]),
                     "-" if emulator["mismatch_fraction"] is None else f"{emulator['mismatch_fraction']:.2%}",
+                    scheme["weights"],
                 )
             )
         return rows
@@ -137,21 +132,23 @@ def environment() -> Json:
 
 
 def _scheme(result: SchemeResult) -> Json:
-    verdict = result.verdict
+    verdict, file = result.verdict, result.file
     return {
         "ptq": _outcome(result.ptq),
-        "trim": _outcome(result.trim),
+        "checkpoint": _outcome(result.checkpoint),
+        "trim": _outcome(file.runtime),
+        "weights": result.weights,
         "emulator": {
-            **_outcome(result.emulator),
-            "max_lsb": result.max_lsb,
-            "mismatch_fraction": result.mismatch_fraction,
-            "float_nodes": [{"node": n, "op_type": op, "reason": why} for n, op, why in result.float_nodes],
-            "overflows": dict(result.overflows),
+            **_outcome(file.emulator),
+            "max_lsb": file.max_lsb,
+            "mismatch_fraction": file.mismatch_fraction,
+            "float_nodes": [{"node": n, "op_type": op, "reason": why} for n, op, why in file.float_nodes],
+            "overflows": file.overflows,
         },
         "self_check": {
             "tensors": len(verdict.tensors),
-            "codes": sum(t.total for t in verdict.tensors),
-            "one_lsb": sum(t.one_lsb for t in verdict.tensors),
+            "codes": sum(tensor.total for tensor in verdict.tensors),
+            "one_lsb": sum(tensor.one_lsb for tensor in verdict.tensors),
             "max_lsb": verdict.max_lsb,
             "mismatch_fraction": verdict.mismatch_fraction,
             "integer_kernels": verdict.integer_kernels,

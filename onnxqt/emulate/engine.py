@@ -52,8 +52,8 @@ class NodeInfo:
     Attributes:
         name: the node's name, or the name of its output where it has none.
         op_type: its operator.
-        kind: "integer" on codes (or on shapes); "float" through ONNX Runtime; "boundary" for a quantizer
-            that stands between floats and codes or between two grids.
+        kind: "integer" on codes; "float" through ONNX Runtime; "boundary" for a quantizer that stands
+            between floats and codes or between two grids; "shape" for what only computes sizes.
         reason: why the node is float, else empty.
         note: what the file leaves open and was decided here, else empty.
         bound: limit of the accumulator and of all its partial sums, None where nothing is accumulated.
@@ -62,7 +62,7 @@ class NodeInfo:
 
     name: str
     op_type: str
-    kind: Literal["integer", "float", "boundary"]
+    kind: Literal["integer", "float", "boundary", "shape"]
     reason: str = ""
     note: str = ""
     bound: int | None = None
@@ -71,12 +71,16 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to execute: `outputs = run(*inputs)`, values by name."""
+    """One thing to execute: `outputs = run(*inputs)`, values by name.
+
+    `overflows` names the output, if any, that counts the accumulators that wrapped.
+    """
 
     info: NodeInfo
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     run: Run
+    overflows: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,8 @@ class Program:
     Attributes:
         steps: in the order of execution.
         inputs: numpy type and shape (None where dynamic) of each graph input.
-        outputs: graph outputs, with the numpy type of those that are integer codes.
-        tensors: every tensor that exists as codes, by its name in the file.
+        outputs: each graph output as codes, or the numpy type of one that is not quantized (None: any).
+        tensors: the tensors of the file that are quantized, by name: outputs of DequantizeLinear.
         constants: constant values that steps read.
     """
 
@@ -147,42 +151,52 @@ class Program:
         """Real values of the graph outputs; see `run_codes`."""
         return self.run_codes(inputs).outputs
 
-    def run_codes(self, inputs: Mapping[str, Array], tensors: Sequence[str] = ()) -> Result:
+    def run_codes(
+        self,
+        inputs: Mapping[str, Array],
+        tensors: Sequence[str] = (),
+        forced: Mapping[str, Array] | None = None,
+    ) -> Result:
         """Executes the program.
 
         Args:
             inputs: every graph input by name, float32 (or what the file declares).
             tensors: names of further quantized tensors whose codes to return.
+            forced: codes of quantized tensors with which to go on in place of those computed, so that an
+                error shows only where it arises. The result holds the computed ones.
 
         Raises:
-            EmulatorError: if the inputs do not fit the graph, a tensor asked for does not exist as codes,
-                or a node fails.
+            EmulatorError: if the inputs do not fit the graph, a tensor named is not quantized, or a node
+                fails.
         """
-        for name in tensors:
+        for name in (*tensors, *(forced or ())):
             if name not in self.tensors:
-                raise EmulatorError(f"tensor '{name}' is not quantized in this file: ask for one of its codes")
-        quantized = {name: self.tensors[name] for name in (*self.outputs, *tensors) if name in self.tensors}
-        keep = {*self.outputs, *(tensor.codes for tensor in quantized.values())}
+                raise EmulatorError(f"tensor '{name}' is not quantized in this file: name one that is")
+        wanted = {name: value for name, value in self.outputs.items() if isinstance(value, Tensor)}
+        wanted |= {name: self.tensors[name] for name in tensors}
+        replaced = {self.tensors[name].codes: codes for name, codes in (forced or {}).items()}
         values = {**self.constants, **_checked_inputs(self.inputs, inputs)}
-        for step, unused in zip(self.steps, _last_uses(self.steps), strict=True):
-            values.update(zip(step.outputs, _executed(step, values), strict=True))
-            for name in unused - keep:
-                del values[name]
-        codes = {name: Codes(values[tensor.codes], tensor.params) for name, tensor in quantized.items()}
+        computed = self._execute(values, {*self.outputs, *(t.codes for t in wanted.values())}, replaced)
+        codes = {name: Codes(computed[tensor.codes], tensor.params) for name, tensor in wanted.items()}
         outputs = {
             name: numerics.dequantize(codes[name].codes, codes[name].params)
-            if name in codes
-            else values[name].astype(dtype or values[name].dtype)
+            if name in wanted
+            else computed[name].astype(dtype or computed[name].dtype)
             for name, dtype in self.outputs.items()
         }
-        counters = {step.info.name: _counter(step.info.name) for step in self.steps}
-        overflows = {node: int(values[name]) for node, name in counters.items() if name in values}
+        overflows = {s.info.name: int(computed[s.overflows]) for s in self.steps if s.overflows}
         return Result(outputs, codes, overflows)
 
-
-def _counter(node: str) -> str:
-    """Name of the value that counts the overflows of a node."""
-    return f"{node}/overflows"
+    def _execute(self, values: dict[str, Array], keep: set[str], replaced: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs all steps on `values` (inputs and constants); the values in `keep`, and the overflow counters."""
+        computed = {name: values[name] for name in keep & values.keys()}
+        for step, unused in zip(self.steps, _last_uses(self.steps), strict=True):
+            results = dict(zip(step.outputs, _executed(step, values), strict=True))
+            computed |= {name: value for name, value in results.items() if name in keep or name == step.overflows}
+            values.update((name, np.asarray(replaced.get(name, value))) for name, value in results.items())
+            for name in unused:
+                del values[name]
+        return computed
 
 
 def _last_uses(steps: Sequence[Step]) -> list[set[str]]:
@@ -305,11 +319,16 @@ def _opened(proto: ModelProto, reference: bool) -> _Graph:
 def _program(graph: _Graph) -> Program:
     proto = graph.proto.graph
     inputs = {value.name: _declared(graph, value) for value in proto.input if value.name not in graph.constants}
-    outputs = {o.name: _storage(graph.grids[o.name]) if o.name in graph.grids else None for o in proto.output}
+    outputs: dict[str, Any] = {}
+    for name in (value.name for value in proto.output):
+        moving = name in graph.tensors and not _is_constant(graph, name)
+        storage = _storage(graph.grids[name]) if name in graph.grids else None
+        outputs[name] = graph.tensors[name] if moving else storage
     needed = {name for step in graph.steps for name in step.inputs}
     constants = {name: _array(graph, name) for name in needed & graph.constants.keys()}
     constants |= {name: _constant(graph, name) for name in outputs if _is_constant(graph, name)}
-    tensors = {name: tensor for name, tensor in graph.tensors.items() if tensor.codes not in graph.constants}
+    tensors = {name: tensor for name, tensor in graph.tensors.items() if tensor.codes in graph.grids}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.codes not in graph.constants}
     return Program(tuple(graph.steps), inputs, outputs, tensors, constants)
 
 
@@ -475,14 +494,8 @@ def _integer(graph: _Graph, node: NodeProto) -> None:
         graph.tensors[node.output[0]] = Tensor(node.output[0], x.params)
         others = node.input[1:] if node.op_type in ("Reshape", "Slice") else []
         info = NodeInfo(_name(node), node.op_type, "integer", implementation="codes")
-        graph.steps.append(
-            Step(
-                info,
-                (x.codes, *filter(None, others)),
-                (node.output[0],),
-                lambda codes, *rest: (run(codes, *rest),),
-            )
-        )
+        inputs = (x.codes, *filter(None, others))
+        graph.steps.append(Step(info, inputs, (node.output[0],), lambda codes, *rest: (run(codes, *rest),)))
     else:
         raise _Float(f"no integer kernel for {node.op_type}")
 
@@ -506,14 +519,14 @@ def _shape(graph: _Graph, node: NodeProto) -> None:
     attributes, name = _attributes(node), node.input[0]
     cut = slice(attributes.get("start", 0), attributes.get("end"))
     graph.shapes.update(node.output)
-    info = NodeInfo(_name(node), node.op_type, "integer", implementation="shape")
+    info = NodeInfo(_name(node), node.op_type, "shape")
     source = graph.tensors[name].codes if name in graph.tensors else name
     run: Run = lambda x: (np.asarray(x.shape[cut], np.int64),)  # noqa: E731
     graph.steps.append(Step(info, (source,), tuple(node.output), run))
 
 
 def _float(graph: _Graph, node: NodeProto, reason: str) -> None:
-    """The node itself in ONNX Runtime; integer where it only computes shapes (`reason` empty)."""
+    """The node itself in ONNX Runtime; without a `reason` it only computes shapes."""
     names = [name for name in dict.fromkeys(node.input) if name and not _is_constant(graph, name)]
     values = [_real(graph, name) for name in names]
     types = [_storage(graph.grids[name]) if name in graph.grids else None for name in names]
@@ -522,7 +535,7 @@ def _float(graph: _Graph, node: NodeProto, reason: str) -> None:
     def run(*arrays: Array) -> tuple[Array, ...]:
         return execute(*(a.astype(t) if t else a for a, t in zip(arrays, types, strict=True)))
 
-    kind: Literal["float", "integer"] = "float" if reason else "integer"
+    kind: Literal["float", "shape"] = "float" if reason else "shape"
     info = NodeInfo(_name(node), node.op_type, kind, reason, implementation="ONNX Runtime")
     graph.steps.append(Step(info, tuple(values), tuple(filter(None, node.output)), run))
 
@@ -612,7 +625,7 @@ def _tail(graph: _Graph, node: NodeProto, with_bias: bool = False) -> _Tail:
     while True:
         users = graph.consumers.get(name, [])
         if len(users) != 1 or users[0].op_type not in ("QuantizeLinear", "Relu", "Clip", "Add"):
-            raise _Float("its output is not quantized")
+            raise _Float("its output goes elsewhere than to one quantizer")
         user = users[0]
         taken.append(user.output[0])
         if user.op_type == "QuantizeLinear":
@@ -620,7 +633,7 @@ def _tail(graph: _Graph, node: NodeProto, with_bias: bool = False) -> _Tail:
         if user.op_type == "Add":
             other = user.input[1 - list(user.input).index(name)]
             if not with_bias or bias or clips or not _is_constant(graph, other):
-                raise _Float("its output is not quantized")
+                raise _Float("its output goes elsewhere than to one quantizer")
             bias = other
         else:
             clips.append(user)
@@ -649,9 +662,9 @@ def _emit(graph: _Graph, node: NodeProto, inputs: Sequence[Tensor], tail: _Tail,
     graph.done.update(tail.taken)
     graph.grids[tail.codes] = tail.params.grid
     about = NodeInfo(_name(node), node.op_type, "integer", **info)
-
-    outputs = (tail.codes, _counter(about.name)) if node.op_type in _PRODUCTS else (tail.codes,)
-    graph.steps.append(Step(about, tuple(x.codes for x in inputs), outputs, run))
+    counter = f"{tail.codes}/overflows" if node.op_type in _PRODUCTS else ""
+    outputs = tuple(filter(None, (tail.codes, counter)))
+    graph.steps.append(Step(about, tuple(x.codes for x in inputs), outputs, run, counter))
 
 
 # Sums of products
@@ -726,7 +739,9 @@ def _weights(graph: _Graph, node: NodeProto, axis: int) -> tuple[IntArray, Float
     if tensor is None or tensor.codes not in graph.constants:
         raise _Float(f"its weights '{node.input[1]}' are not constants quantized per tensor or channel")
     codes, params = _array(graph, tensor.codes), tensor.params
-    if codes.ndim < 2 or (params.axis is not None and (params.axis - axis) % codes.ndim):
+    if codes.ndim < 2:
+        raise _Float(f"its weights '{node.input[1]}' are a vector")
+    if params.axis is not None and (params.axis - axis) % codes.ndim:
         raise _Float(f"its weights '{node.input[1]}' are quantized along axis {params.axis}: expected {axis}")
     return codes - numerics.along_axis(params.zero_point, params.axis, codes.ndim), params.scale
 
@@ -822,10 +837,7 @@ def _clip(graph: _Graph, node: NodeProto) -> None:
 
 def _average_pool(graph: _Graph, node: NodeProto) -> None:
     x, tail, attributes = _quantized(graph, node, 0), _tail(graph, node), _attributes(node)
-    window, count = (
-        _window(attributes, attributes["kernel_shape"]),
-        bool(attributes.get("count_include_pad", 0)),
-    )
+    window, count = _window(attributes, attributes["kernel_shape"]), bool(attributes.get("count_include_pad", 0))
 
     def run(codes: IntArray) -> tuple[Array, ...]:
         return (tail.limit(kernels.average_pool(codes, window, count, x.params, tail.params)),)
@@ -836,13 +848,12 @@ def _average_pool(graph: _Graph, node: NodeProto) -> None:
 def _mean(graph: _Graph, node: NodeProto) -> None:
     x, tail, attributes = _quantized(graph, node, 0), _tail(graph, node), _attributes(node)
     given = attributes.get("axes") or _fixed(graph, node, 1, ())
-    if attributes.get("noop_with_empty_axes", 0) and not len(given):
-        raise _Float("it has noop_with_empty_axes")
+    noop = bool(attributes.get("noop_with_empty_axes", 0))
     first = 2 if node.op_type == "GlobalAveragePool" else 0
     keepdims, params = bool(attributes.get("keepdims", 1)), (x.params, tail.params)
 
     def run(codes: IntArray) -> tuple[Array, ...]:
-        axes = tuple(int(a) for a in given) or tuple(range(first, codes.ndim))
+        axes = tuple(int(a) for a in given) or tuple(range(codes.ndim if noop else first, codes.ndim))
         return (tail.limit(kernels.mean(codes, axes, keepdims, params)),)
 
     _emit(graph, node, (x,), tail, run, implementation="int64 sum")
@@ -905,7 +916,6 @@ def _pad(graph: _Graph, node: NodeProto, params: QParams) -> Callable[..., Array
     mode = _attributes(node).get("mode", "constant")
     if (mode == "constant" and value is not None and np.any(value != 0)) or np.any(pads < 0) or mode == "wrap":
         raise _Float("it pads with another value than 0, or crops")
-
     return lambda codes: kernels.pad(codes, pads, axes, mode, int(params.zero_point))
 
 

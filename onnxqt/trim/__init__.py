@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Trimmed:
         best_step: updates after which the weights were best; 0 is the untouched model.
         seconds: time spent in training.
         step_ms_median: time of a forward, backward and update, in milliseconds.
+        helped: whether the best weights lose less than the untouched ones on the held-out samples, by scheme.
         history: the worker's reports.
     """
 
@@ -78,7 +79,8 @@ class Trimmed:
     best_step: int
     seconds: float
     step_ms_median: float
-    history: tuple[dict[str, Any], ...] = field(repr=False)
+    helped: Mapping[str, bool]
+    history: tuple[dict[str, Any], ...] = field(repr=False, default=())
 
 
 Progress = Callable[[dict[str, Any]], None]
@@ -124,7 +126,7 @@ def trim(
     for report in _reports(folder):
         history.append(report)
         progress(report)
-    return _outcome(model, folder, history)
+    return _outcome(model, settings.schemes, folder, history)
 
 
 def trainable(plan: QuantPlan, model: Model) -> list[str]:
@@ -241,9 +243,11 @@ def _obituary(folder: Path, code: int) -> str:
     return f"the training process {how}; {rest}, its messages in '{folder / jobs.LOG}'"
 
 
-def _outcome(model: Model, folder: Path, history: list[dict[str, Any]]) -> Trimmed:
+def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: list[dict[str, Any]]) -> Trimmed:
     steps = [report for report in history if report["event"] == "step"]
     bests = [report for report in history if report["event"] == "evaluate" and report["best"]]
+    untouched = next(report["losses"] for report in history if report["event"] == "start")
+    losses = bests[-1]["losses"] if bests else untouched
     weights: dict[str, Array] = {}
     if bests:
         with np.load(folder / jobs.BEST, allow_pickle=False) as file:
@@ -254,5 +258,6 @@ def _outcome(model: Model, folder: Path, history: list[dict[str, Any]]) -> Trimm
         best_step=bests[-1]["step"] if bests else 0,
         seconds=steps[-1]["seconds"] if steps else 0.0,
         step_ms_median=float(np.median([report["ms"] for report in steps])) if steps else 0.0,
+        helped={str(s): after < before for s, before, after in zip(schemes, untouched, losses, strict=True)},
         history=tuple(history),
     )

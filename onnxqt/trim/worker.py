@@ -235,7 +235,7 @@ def run(folder: Path, report: TextIO) -> None:
 
     floor = [_entropy(task, batch) for batch in held]
     untouched = np.array(evaluate()) - np.mean(floor)
-    _send(report, event="start", untouched=untouched.tolist())
+    _send(report, event="start", losses=untouched.tolist())
     best = float(untouched.mean())
     schedule = Schedule(job.steps)
     pick = np.random.default_rng(job.seed)

@@ -1,0 +1,51 @@
+"""Slow and environment-bound checks; `nox -l` lists them."""
+
+import itertools
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.error_on_missing_interpreters = False
+
+PYTHONS = ["3.10", "3.11", "3.12"]
+SCHEMES = [
+    f"w{weight}a{activation}-{symmetry}-{granularity}"
+    for weight, activation, symmetry, granularity in itertools.product(
+        range(8, 1, -1), (8, 4), ("sym", "asym"), ("pt", "pc")
+    )
+]
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The test suite."""
+    session.install(".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and mypy --strict."""
+    session.install(".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("model", ["torch", "keras"])
+def demo(session: nox.Session, model: str) -> None:
+    """The main job on a fixture, from a fresh installation."""
+    session.install(".")
+    folder = f"fixtures/{model}"
+    out = f"{session.create_tmp()}/{model}"
+    data = ("--data", f"{folder}/calib", "--eval", f"{folder}/eval")
+    session.run("onnxqt", "trim", f"{folder}/model.onnx", *data, "--out", out)
+
+
+@nox.session(venv_location=".nox/schemes", reuse_venv=True)
+@nox.parametrize("scheme", SCHEMES, ids=SCHEMES)
+def schemes(session: nox.Session, scheme: str) -> None:
+    """Every contract of one scheme, on every fixture: `nox -s "schemes(w4a8-sym-pc)"`."""
+    session.install(".[test]")
+    session.run("python", "-m", "pytest", "tests/contracts/test_schemes.py", "-k", f"[{scheme}")
