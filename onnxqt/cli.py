@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,7 +24,7 @@ from onnxqt.calibrate import RANGE_METHODS, RangeMethod
 from onnxqt.data import InputSpec, fixed_batch, open_samples
 from onnxqt.emulate import load_program
 from onnxqt.errors import OnnxqtError
-from onnxqt.export import write_json
+from onnxqt.files import write_json
 from onnxqt.metrics import Tally
 from onnxqt.model import GraphIndex, ingest
 from onnxqt.pipeline import (
@@ -386,7 +387,7 @@ def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; the first row is its header. Nothing is printed for a table without rows."""
     if len(rows) < 2:
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows[1:]:

@@ -13,7 +13,8 @@ from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, mak
 from onnxqt.data import Batch, InputSpec, Samples, check_labels, fixed_batch, open_samples, require
 from onnxqt.errors import UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
-from onnxqt.export import file_sha256, make_folder, neutral_table, quantized_model, write_json, write_model
+from onnxqt.export import neutral_table, quantized_model
+from onnxqt.files import file_sha256, make_folder, write_json, write_model
 from onnxqt.model import Model, ingest
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan

@@ -64,7 +64,7 @@ class Report:
         Shares are percent: top-1 where there are labels, else agreement with the original model. `trim` is the
         written file; `emulator` the same file in integer arithmetic; `LSB` how far the two are apart at most.
         """
-        rows = [("scheme", "PTQ", "trim", "emulator", "PTQ dB", "trim dB", "LSB", "differing", "weights")]
+        rows = [("scheme", "PTQ", "trim", "emulator", "PTQ dB", "trim dB", "LSB", "made of")]
         for name, scheme in self.content["schemes"].items():
             emulator = scheme["emulator"]
             rows.append(
@@ -76,7 +76,6 @@ class Report:
                     _decibel(scheme["ptq"]["fidelity"]),
                     _decibel(scheme["trim"]["fidelity"]),
                     "-" if emulator["max_lsb"] is None else str(emulator["max_lsb"]),
-                    "-" if emulator["mismatch_fraction"] is None else f"{emulator['mismatch_fraction']:.2%}",
                     scheme["weights"],
                 )
             )

@@ -244,6 +244,21 @@ def test_add_is_qlinear_add_on_every_pair(
     np.testing.assert_array_equal(kernels.add(a, b, (pa, pb), pc), expected)
 
 
+@X86
+def test_add_keeps_the_order_of_a_broadcast_sum() -> None:
+    rng = np.random.default_rng(13)
+    for _ in range(150):
+        full = rng.integers(1, 6, 4)
+        shapes = [tuple(np.where(rng.random(4) < 0.4, 1, full))[rng.integers(0, 4) :] for _ in "ab"]
+        pa, pb, pc = (qparams(s, 2 * int(rng.integers(0, 100)) + 1) for s in (0.045, 0.03, 0.1))
+        a, b = (random_codes(rng, shape) for shape in shapes)
+        feeds: dict[str, Any] = {"a": stored(a, U8), "sa": pa.scale, "za": stored(pa.zero_point, U8)}
+        feeds |= {"b": stored(b, U8), "sb": pb.scale, "zb": stored(pb.zero_point, U8)}
+        feeds |= {"sc": pc.scale, "zc": stored(pc.zero_point, U8)}
+        expected = ort_node("QLinearAdd", feeds, "com.microsoft")
+        np.testing.assert_array_equal(kernels.add(a, b, (pa, pb), pc), expected)
+
+
 @pytest.mark.parametrize("ratios", [(1.3, 0.7), (1e-5, 0.9), (250.0, 0.002), (1.0, 2.0**-17)])
 def test_fma_in_float64_is_exact_before_its_one_rounding(ratios: tuple[float, float]) -> None:
     r_a, r_b = (np.array(r, np.float32) for r in ratios)

@@ -241,9 +241,7 @@ def main() -> None:
     for name in names:
         make, channel_axis = MAKERS[name]
         folder = arguments.out / name
-        train, evaluation = (
-            Digits(np.expand_dims(part.images, channel_axis), part.labels) for part in split_digits()
-        )
+        train, evaluation = (Digits(np.expand_dims(part.images, channel_axis), part.labels) for part in split_digits())
         write_shards(folder / "calib", {INPUT: train.images})
         write_shards(folder / "eval", {INPUT: evaluation.images, "labels": evaluation.labels})
         make(train, folder / "model.onnx")

@@ -243,7 +243,7 @@ def _shown(shape: tuple[int | None, ...]) -> str:
 # From the file to the program
 
 
-class _Float(Exception):  # noqa: N818
+class _NotIntegerError(Exception):
     """Raised by a builder whose node has no integer form; the message is the reason."""
 
 
@@ -379,7 +379,7 @@ def _fixed(graph: _Graph, node: NodeProto, index: int, default: Any = None) -> A
     if index >= len(node.input) or not node.input[index]:
         return default
     if not _is_constant(graph, node.input[index]):
-        raise _Float(f"its input '{node.input[index]}' is not constant")
+        raise _NotIntegerError(f"its input '{node.input[index]}' is not constant")
     return _constant(graph, node.input[index])
 
 
@@ -474,7 +474,7 @@ def _decide(graph: _Graph, node: NodeProto) -> None:
     else:
         try:
             _integer(graph, node)
-        except _Float as reason:
+        except _NotIntegerError as reason:
             _float(graph, node, str(reason))
 
 
@@ -482,14 +482,14 @@ def _integer(graph: _Graph, node: NodeProto) -> None:
     """Writes down an integer step.
 
     Raises:
-        _Float: if the node has no integer form.
+        _NotIntegerError: if the node has no integer form.
     """
     if node.op_type in _BUILDERS and node.domain in ("", "ai.onnx"):
         _BUILDERS[node.op_type](graph, node)
     elif node.op_type in _MOVES and node.domain in ("", "ai.onnx"):
         x = _quantized(graph, node, 0)
         if any(node.output[1:]):
-            raise _Float("it has more than one output")
+            raise _NotIntegerError("it has more than one output")
         run = _MOVES[node.op_type](graph, node, x.params)
         graph.tensors[node.output[0]] = Tensor(node.output[0], x.params)
         others = node.input[1:] if node.op_type in ("Reshape", "Slice") else []
@@ -497,7 +497,7 @@ def _integer(graph: _Graph, node: NodeProto) -> None:
         inputs = (x.codes, *filter(None, others))
         graph.steps.append(Step(info, inputs, (node.output[0],), lambda codes, *rest: (run(codes, *rest),)))
     else:
-        raise _Float(f"no integer kernel for {node.op_type}")
+        raise _NotIntegerError(f"no integer kernel for {node.op_type}")
 
 
 def _quantize(graph: _Graph, node: NodeProto) -> None:
@@ -521,8 +521,8 @@ def _shape(graph: _Graph, node: NodeProto) -> None:
     graph.shapes.update(node.output)
     info = NodeInfo(_name(node), node.op_type, "shape")
     source = graph.tensors[name].codes if name in graph.tensors else name
-    run: Run = lambda x: (np.asarray(x.shape[cut], np.int64),)  # noqa: E731
-    graph.steps.append(Step(info, (source,), tuple(node.output), run))
+    outputs = tuple(node.output)
+    graph.steps.append(Step(info, (source,), outputs, lambda x: (np.asarray(x.shape[cut], np.int64),)))
 
 
 def _float(graph: _Graph, node: NodeProto, reason: str) -> None:
@@ -589,7 +589,7 @@ def _quantized(graph: _Graph, node: NodeProto, index: int) -> Tensor:
     """Input `index` as codes on one grid."""
     name = node.input[index]
     if name not in graph.tensors or graph.tensors[name].params.axis is not None:
-        raise _Float(f"its input '{name}' is not quantized per tensor")
+        raise _NotIntegerError(f"its input '{name}' is not quantized per tensor")
     return graph.tensors[name]
 
 
@@ -618,14 +618,14 @@ def _tail(graph: _Graph, node: NodeProto, with_bias: bool = False) -> _Tail:
     """Follows the output of `node` to its quantizer.
 
     Raises:
-        _Float: if anything else reads a value on the way.
+        _NotIntegerError: if anything else reads a value on the way.
     """
     name, bias, taken = node.output[0], "", []
     clips = [node] if node.op_type == "Clip" else []
     while True:
         users = graph.consumers.get(name, [])
         if len(users) != 1 or users[0].op_type not in ("QuantizeLinear", "Relu", "Clip", "Add"):
-            raise _Float("its output goes elsewhere than to one quantizer")
+            raise _NotIntegerError("its output goes elsewhere than to one quantizer")
         user = users[0]
         taken.append(user.output[0])
         if user.op_type == "QuantizeLinear":
@@ -633,7 +633,7 @@ def _tail(graph: _Graph, node: NodeProto, with_bias: bool = False) -> _Tail:
         if user.op_type == "Add":
             other = user.input[1 - list(user.input).index(name)]
             if not with_bias or bias or clips or not _is_constant(graph, other):
-                raise _Float("its output goes elsewhere than to one quantizer")
+                raise _NotIntegerError("its output goes elsewhere than to one quantizer")
             bias = other
         else:
             clips.append(user)
@@ -676,7 +676,7 @@ def _conv(graph: _Graph, node: NodeProto) -> None:
     attributes = _attributes(node)
     group, window = attributes.get("group", 1), _window(attributes, weights.shape[2:])
     if transposed and (window.auto_pad != "NOTSET" or "output_shape" in attributes):
-        raise _Float("it has auto_pad or output_shape")
+        raise _NotIntegerError("it has auto_pad or output_shape")
     extra = tuple(attributes.get("output_padding", (0,) * len(window.kernel)))
 
     def float32(part: IntArray) -> Callable[[FloatArray], Array]:
@@ -698,7 +698,7 @@ def _conv(graph: _Graph, node: NodeProto) -> None:
 def _gemm(graph: _Graph, node: NodeProto) -> None:
     attributes = _attributes(node)
     if attributes.get("transA", 0) or {attributes.get("alpha", 1.0), attributes.get("beta", 1.0)} != {1.0}:
-        raise _Float("it has transA, alpha or beta")
+        raise _NotIntegerError("it has transA, alpha or beta")
     transposed = bool(attributes.get("transB", 0))
     weights, scale = _weights(graph, node, 0 if transposed else 1)
     _multiply(graph, node, _matrix(weights.T if transposed else weights, scale))
@@ -737,12 +737,12 @@ def _weights(graph: _Graph, node: NodeProto, axis: int) -> tuple[IntArray, Float
     """Weights less their zero point, and their scale: () or (channels along `axis`,)."""
     tensor = graph.tensors.get(node.input[1])
     if tensor is None or tensor.codes not in graph.constants:
-        raise _Float(f"its weights '{node.input[1]}' are not constants quantized per tensor or channel")
+        raise _NotIntegerError(f"its weights '{node.input[1]}' are not constants quantized per tensor or channel")
     codes, params = _array(graph, tensor.codes), tensor.params
     if codes.ndim < 2:
-        raise _Float(f"its weights '{node.input[1]}' are a vector")
+        raise _NotIntegerError(f"its weights '{node.input[1]}' are a vector")
     if params.axis is not None and (params.axis - axis) % codes.ndim:
-        raise _Float(f"its weights '{node.input[1]}' are quantized along axis {params.axis}: expected {axis}")
+        raise _NotIntegerError(f"its weights '{node.input[1]}' are quantized along axis {params.axis}: expected {axis}")
     return codes - numerics.along_axis(params.zero_point, params.axis, codes.ndim), params.scale
 
 
@@ -789,10 +789,10 @@ def _bias(graph: _Graph, name: str, scale: FloatArray) -> tuple[IntArray | None,
     if not name:
         return None, ""
     if not _is_constant(graph, name):
-        raise _Float(f"its bias '{name}' is not constant")
+        raise _NotIntegerError(f"its bias '{name}' is not constant")
     real = _constant(graph, name)
     if real.size != 1 and (*real.shape[-1:], real.size) != scale.shape * 2:
-        raise _Float(f"its bias '{name}' has shape {list(real.shape)}: expected {list(scale.shape)}")
+        raise _NotIntegerError(f"its bias '{name}' has shape {list(real.shape)}: expected {list(scale.shape)}")
     tensor = graph.tensors.get(name)
     if tensor is not None and tensor.params.grid == _BIAS_GRID:
         given = np.broadcast_to(tensor.params.scale, scale.shape)
@@ -814,7 +814,9 @@ def _add(graph: _Graph, node: NodeProto) -> None:
     def add(x: IntArray, y: IntArray) -> IntArray:
         return tail.limit(kernels.add(x, y, params, tail.params))
 
-    run: Run = lambda x, y: (kernels.in_blocks(add, x, y),)  # noqa: E731
+    def run(x: IntArray, y: IntArray) -> tuple[Array, ...]:
+        return (kernels.in_blocks(add, x, y),)
+
     _emit(graph, node, (a, b), tail, run, implementation="float32 fma")
 
 
@@ -831,7 +833,10 @@ def _concat(graph: _Graph, node: NodeProto) -> None:
 
 def _clip(graph: _Graph, node: NodeProto) -> None:
     x, tail = _quantized(graph, node, 0), _tail(graph, node)
-    run: Run = lambda c: (tail.limit(kernels.transfer(c, x.params, tail.params)),)  # noqa: E731
+
+    def run(codes: IntArray) -> tuple[Array, ...]:
+        return (tail.limit(kernels.transfer(codes, x.params, tail.params)),)
+
     _emit(graph, node, (x,), tail, run, implementation="table")
 
 
@@ -874,7 +879,7 @@ def _max_pool(graph: _Graph, node: NodeProto, params: QParams) -> Callable[..., 
 
 def _identity(graph: _Graph, node: NodeProto, params: QParams) -> Callable[..., Array]:
     if _fixed(graph, node, 2, False):
-        raise _Float("it drops values at random")
+        raise _NotIntegerError("it drops values at random")
     return lambda codes: codes
 
 
@@ -915,7 +920,7 @@ def _pad(graph: _Graph, node: NodeProto, params: QParams) -> Callable[..., Array
     pads, value, axes = (_fixed(graph, node, i) for i in (1, 2, 3))
     mode = _attributes(node).get("mode", "constant")
     if (mode == "constant" and value is not None and np.any(value != 0)) or np.any(pads < 0) or mode == "wrap":
-        raise _Float("it pads with another value than 0, or crops")
+        raise _NotIntegerError("it pads with another value than 0, or crops")
     return lambda codes: kernels.pad(codes, pads, axes, mode, int(params.zero_point))
 
 

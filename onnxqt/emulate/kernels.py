@@ -325,7 +325,11 @@ def add(a: IntArray, b: IntArray, params: tuple[QParams, QParams], target: QPara
     multiple of `g`, the last bit of the smaller ratio, `g >= 2**-24 * min(r_a, r_b)`, and every sum is below
     `2**11 * max(r_a, r_b, 1)`; so the sum too is exact, and rounded once, while
     `max(r_a, r_b, 1) < 2**18 * min(r_a, r_b)`. Beyond, two roundings could differ in the last bit from one.
+
+    The second operand enters the sum first; so does a first operand that is broadcast along the last axis.
     """
+    if _is_row_constant(a.shape, b.shape):
+        a, b, params = b, a, params[::-1]
     source_a, source_b = params
     ratio_a: Any = source_a.scale / target.scale
     ratio_b: Any = source_b.scale / target.scale
@@ -333,6 +337,12 @@ def add(a: IntArray, b: IntArray, params: tuple[QParams, QParams], target: QPara
     fixed: Any = np.float32(target.zero_point) - offset
     total = numerics.round_half_even(_fma(a, ratio_a, _fma(b, ratio_b, fixed)))
     return np.clip(total, target.grid.qmin, target.grid.qmax).astype(np.int32)
+
+
+def _is_row_constant(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether ONNX Runtime takes the operand of shape `a` for a scalar: 1 in the last axis that is not 1 in both."""
+    sizes = zip(reversed(a), reversed(b), strict=False)
+    return next((n == 1 for n, m in sizes if (n, m) != (1, 1)), True)
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:

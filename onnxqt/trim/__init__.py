@@ -107,8 +107,8 @@ def trim(
         progress: called with each report of the worker, a dict with `event`: start, step, evaluate, done.
 
     Raises:
-        TrainingError: if an operator has no gradient, the loss diverges, or the process dies; the best
-            weights until then are in `folder`/best.onnx.
+        TrainingError: if an operator has no gradient, the loss diverges, or the process dies; the last
+            and the best checkpoint until then are `last.onnx` and `best.onnx` in `folder`.
     """
     check_trainer()
     targets = _targets(model, settings.loss)
@@ -239,7 +239,7 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
 def _obituary(folder: Path, code: int) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     kept = folder / jobs.LAST
-    rest = f"the last weights are in '{kept}'" if kept.exists() else "it had saved nothing yet"
+    rest = f"its last checkpoint is '{kept}'" if kept.exists() else "it had saved nothing yet"
     return f"the training process {how}; {rest}, its messages in '{folder / jobs.LOG}'"
 
 
@@ -248,12 +248,9 @@ def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: l
     bests = [report for report in history if report["event"] == "evaluate" and report["best"]]
     untouched = next(report["losses"] for report in history if report["event"] == "start")
     losses = bests[-1]["losses"] if bests else untouched
-    weights: dict[str, Array] = {}
-    if bests:
-        with np.load(folder / jobs.BEST, allow_pickle=False) as file:
-            weights = {name: file[name] for name in file.files}
+    best = Model(onnx.load(folder / jobs.BEST), model.sha256, model.changes) if bests else model
     return Trimmed(
-        model.with_weights(weights) if weights else model,
+        best,
         steps=len(steps),
         best_step=bests[-1]["step"] if bests else 0,
         seconds=steps[-1]["seconds"] if steps else 0.0,

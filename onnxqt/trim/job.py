@@ -13,8 +13,8 @@ from onnxqt.trim.losses import LossName, Target
 
 START = "start.onnx"
 GRAPH = "graph.onnx"
-BEST = "best.npz"
-LAST = "last.npz"
+BEST = "best.onnx"
+LAST = "last.onnx"
 LOG = "worker.log"
 _JOB = "job.json"
 

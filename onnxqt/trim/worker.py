@@ -1,7 +1,7 @@
 """The training process: the only module that imports onnxruntime.training.
 
 It runs apart from the user's process because a kernel of the trainer can kill the process it runs in. It reads
-`job.json` in its folder, writes `best.npz` and `last.npz` there, and reports one JSON object per line on
+`job.json` in its folder, writes `best.onnx` and `last.onnx` there, and reports one JSON object per line on
 standard output; everything else that onnxruntime prints goes to standard error.
 """
 
@@ -19,8 +19,9 @@ import onnx
 import onnxruntime as ort
 
 from onnxqt.calibrate import Quantizers, weight_clip, weight_params
-from onnxqt.data import Batch, InputSpec, Samples, open_samples
+from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
 from onnxqt.errors import OnnxqtError, TrainingError
+from onnxqt.files import write_model
 from onnxqt.model import Model
 from onnxqt.numerics import Array, FloatArray, QParams
 from onnxqt.plan import QuantPlan, make_plan
@@ -126,6 +127,7 @@ class Task:
     job: jobs.Job
     model: Model
     plan: QuantPlan
+    specs: list[InputSpec]
     teacher: Session
     schemes: tuple[Scheme, ...]
     activations: tuple[dict[str, QParams], ...]
@@ -138,6 +140,9 @@ class Task:
         """Model inputs and targets of a batch."""
         original = self.teacher.run(batch.inputs)
         labels = batch.labels if self.job.loss == "cross-entropy" else None
+        if labels is not None:  # a padded batch repeats its last sample
+            rows = len(next(iter(batch.inputs.values())))
+            labels = np.pad(labels, (0, rows - len(labels)), mode="edge")
         return {**batch.inputs, **target_feeds(self.job.targets, original, labels, self.power)}
 
 
@@ -153,7 +158,7 @@ def load_task(folder: Path) -> Task:
     activations = tuple(jobs.read_activations(folder, index) for index in range(len(schemes)))
     shapes = {site.tensor: tuple(model.graph.initializers[site.tensor].dims) for site in plan.weights}
     power = _output_power(teacher, held, job)
-    return Task(job, model, plan, teacher, schemes, activations, shapes, training, held, power)
+    return Task(job, model, plan, specs, teacher, schemes, activations, shapes, training, held, power)
 
 
 def _output_power(teacher: Session, held: Samples, job: jobs.Job) -> dict[str, float]:
@@ -219,29 +224,44 @@ def folded(task: Task, weights: dict[str, Array], clips: dict[str, FloatArray]) 
     }
 
 
-def run(folder: Path, report: TextIO) -> None:
-    """Train the job in `folder`, reporting to `report`."""
-    task = load_task(folder)
-    job = task.job
-    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.rules))
-    ranges = Ranges(task, trainer.parameters())
-    held = [task.batch_feeds(batch) for batch in task.held.batches(job.batch_size, pad=True)]
+class HeldOut:
+    """The held-out samples, and the loss of every scheme on them, above the least possible loss."""
 
-    def evaluate() -> list[float]:
-        return [
-            float(np.mean([trainer.evaluate({**batch, **settings, BLEND: _blend(1.0)}) for batch in held]))
+    def __init__(self, task: Task) -> None:
+        pad = fixed_batch(task.specs) is not None
+        batches = [(task.batch_feeds(batch), len(batch.index)) for batch in task.held.batches(task.job.batch_size, pad)]
+        self._batches = [values for values, _ in batches]
+        self._weights = np.array([count for _, count in batches], np.float64) / task.held.count
+        self._floor = float(self._weights @ [_entropy(task, values) for values in self._batches])
+
+    def losses(self, trainer: Trainer, ranges: "Ranges") -> Array:
+        """Loss of each scheme on the integer grid (lambda = 1), float64 (schemes,)."""
+        on_grid = {BLEND: _blend(1.0)}
+        rows = [
+            [trainer.evaluate({**values, **settings, **on_grid}) for values in self._batches]
             for settings in ranges.settings
         ]
+        losses: Array = np.array(rows) @ self._weights - self._floor
+        return losses
 
-    floor = [_entropy(task, batch) for batch in held]
-    untouched = np.array(evaluate()) - np.mean(floor)
-    _send(report, event="start", losses=untouched.tolist())
-    best = float(untouched.mean())
-    schedule = Schedule(job.steps)
+
+def run(folder: Path, report: TextIO) -> None:
+    """Train the job in `folder`, reporting to `report`.
+
+    Raises:
+        TrainingError: if the loss is no longer finite.
+    """
+    task = load_task(folder)
+    job, schedule = task.job, Schedule(task.job.steps)
+    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.rules))
+    ranges, held = Ranges(task, trainer.parameters()), HeldOut(task)
+    losses = held.losses(trainer, ranges)
+    best = float(losses.mean())
+    _send(report, event="start", losses=losses.tolist())
     pick = np.random.default_rng(job.seed)
     started = time.perf_counter()
     for step, batch in zip(range(job.steps), task.training.shuffled(job.batch_size, job.seed), strict=False):
-        if step >= schedule.warmup * job.steps and step % job.refresh_every == 0:
+        if schedule.blend(step) > 0 and step % job.refresh_every == 0:
             ranges.refresh(trainer.parameters())
         blend, rate = schedule.blend(step), schedule.learning_rate(step, job.learning_rate)
         settings = ranges.settings[int(pick.integers(len(ranges.settings)))]
@@ -251,49 +271,34 @@ def run(folder: Path, report: TextIO) -> None:
         now = time.perf_counter()
         if not np.isfinite(loss):
             raise TrainingError(f"the loss became {loss} at step {step}: use a smaller --lr than {job.learning_rate:g}")
-        _send(
-            report,
-            event="step",
-            step=step,
-            loss=loss,
-            blend=blend,
-            lr=rate,
-            ms=1e3 * (now - before),
-            seconds=now - started,
-        )
-        last = step == job.steps - 1
-        if last or (step + 1) % job.evaluate_every == 0:
+        timing = {"ms": 1e3 * (now - before), "seconds": now - started}
+        _send(report, event="step", step=step, loss=loss, blend=blend, lr=rate, **timing)
+        if step == job.steps - 1 or (step + 1) % job.evaluate_every == 0:
             ranges.refresh(trainer.parameters())
-            losses = np.array(evaluate()) - np.mean(floor)
-            score = float(losses.mean())
+            losses = held.losses(trainer, ranges)
             weights = folded(task, trainer.parameters(), ranges.clips)
-            _save(folder / jobs.LAST, weights)
-            better = score < best
+            checkpoint = task.model.with_weights(weights).proto
+            write_model(folder / jobs.LAST, checkpoint)
+            better = float(losses.mean()) < best
             if better:
-                best = score
-                _save(folder / jobs.BEST, weights)
-            _send(report, event="evaluate", step=step + 1, losses=losses.tolist(), score=score, best=better)
+                best = float(losses.mean())
+                write_model(folder / jobs.BEST, checkpoint)
+            _send(report, event="evaluate", step=step + 1, losses=losses.tolist(), best=better)
     _send(report, event="done")
 
 
-def _entropy(task: Task, batch: dict[str, Array]) -> float:
-    """The least value that the loss of a batch can take: the entropy of its targets."""
-    total = 0.0
+def _entropy(task: Task, values: dict[str, Array]) -> float:
+    """The least loss of a batch: the entropy of its targets."""
+    entropy = 0.0
     for target in task.job.targets:
-        if target.classes_input in batch:
-            p = batch[target.classes_input]
-            total -= float(np.mean(np.sum(p * np.log(np.maximum(p, 1e-30)), axis=-1)))
-    return total
+        if target.classes_input in values:
+            p = values[target.classes_input]
+            entropy -= float(np.mean(np.sum(p * np.log(np.maximum(p, 1e-30)), axis=-1)))
+    return entropy
 
 
 def _blend(value: float) -> Array:
     return np.array(value, np.float32)
-
-
-def _save(path: Path, arrays: dict[str, Array]) -> None:
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's stub takes names for options
-    temporary.replace(path)
 
 
 def _send(report: TextIO, **message: Any) -> None:
