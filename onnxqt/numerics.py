@@ -91,8 +91,8 @@ def quantize(x: Array, params: QParams) -> IntArray:
     scale = along_axis(params.scale, params.axis, x.ndim)
     zero_point = along_axis(params.zero_point, params.axis, x.ndim)
     steps = round_half_even(x.astype(np.float32, copy=False) / scale)
-    codes: IntArray = np.clip(steps + zero_point, params.grid.qmin, params.grid.qmax).astype(np.int32)
-    return codes
+    codes = steps + zero_point.astype(np.float32)  # exact where it matters: larger sums saturate
+    return _saturated(codes, params.grid)
 
 
 def dequantize(codes: Array, params: QParams) -> FloatArray:
@@ -117,4 +117,10 @@ def requantize(acc: Array, multiplier: FloatArray, params: QParams) -> IntArray:
     This is the float32 rule of ONNX Runtime, OpenVINO and XNNPACK.
     """
     steps = round_half_even(acc.astype(np.float32) * multiplier)
-    return np.clip(steps + params.zero_point, params.grid.qmin, params.grid.qmax).astype(np.int32)
+    return _saturated(steps + params.zero_point.astype(np.float32), params.grid)
+
+
+def _saturated(codes: Array, grid: Grid) -> IntArray:
+    kind = np.float32 if grid.bits <= 24 else np.float64  # which holds the ends of the grid exactly
+    clipped: IntArray = np.clip(codes.astype(kind, copy=False), kind(grid.qmin), kind(grid.qmax)).astype(np.int32)
+    return clipped

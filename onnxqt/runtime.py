@@ -116,6 +116,8 @@ def _options(optimize: bool) -> ort.SessionOptions:
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     # Without it, u8 x s8 products saturate at 16 bits on processors without VNNI.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Sessions have threads of their own; spinning, the threads of one burn the cores that the next one needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
