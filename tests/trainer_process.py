@@ -1,10 +1,15 @@
 """Takes one training step at learning rate 0 in each folder named on the command line, and keeps its gradients.
 
-A process of its own for the tests of gradients, because a kernel can kill it. A folder holds `forward.onnx`, whose
-only output is the loss and whose parameters are the initializers named `p...`, and `feeds.npz`.
+A program of its own for the tests of gradients: a kernel can kill its process, and a gradient rule is registered
+once for all in a process, so each folder has a fork of its own.
+
+A folder holds `forward.onnx`, whose output is the loss and whose parameters are the initializers named `p...`, and
+`feeds.npz`. It gets `gradients.npz` and `log`, the last line of which is the exit status.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +23,41 @@ from onnxqt.trim.quantizers import functions
 from onnxqt.trim.worker import Trainer
 
 
-def main() -> None:
-    ort.set_default_logger_severity(3)
-    for folder in map(Path, sys.argv[1:]):
-        forward = onnx.load(folder / "forward.onnx")
-        parameters = [tensor.name for tensor in forward.graph.initializer if tensor.name.startswith("p")]
-        graph = gs.import_onnx(forward)
-        rules, wrappers = make_differentiable(graph)
-        graph.toposort()
-        onnx.save(finish_training(graph, [*functions(graph.opset), *wrappers]), folder / "graph.onnx")
-        trainer = Trainer(folder / "graph.onnx", parameters, [*static_rules(), *rules])
-        with np.load(folder / "feeds.npz") as file:
-            feeds = dict(file)
-        before = trainer.evaluate(feeds)
-        loss = trainer.step(feeds, learning_rate=0.0)
-        results = {**trainer.gradients(), "loss": np.array(loss), "before": np.array(before)}
-        temporary = folder / "tmp.npz"
-        np.savez(temporary, **results)  # type: ignore[arg-type]  # numpy's stub takes names for options
-        temporary.rename(folder / "gradients.npz")
+def step(folder: Path) -> None:
+    forward = onnx.load(folder / "forward.onnx")
+    parameters = [tensor.name for tensor in forward.graph.initializer if tensor.name.startswith("p")]
+    graph = gs.import_onnx(forward)
+    rules, wrappers = make_differentiable(graph)
+    onnx.save(finish_training(graph, [*functions(graph.opset), *wrappers]), folder / "graph.onnx")
+    trainer = Trainer(folder / "graph.onnx", parameters, [*static_rules(), *rules])
+    with np.load(folder / "feeds.npz") as file:
+        feeds = dict(file)
+    evaluated = trainer.evaluate(feeds)
+    loss = trainer.step(feeds, learning_rate=0.0)
+    results = {**trainer.gradients(), "loss": np.array(loss), "evaluated": np.array(evaluated)}
+    np.savez(folder / "gradients.npz", **results)  # type: ignore[arg-type]  # numpy's stub takes names for options
+
+
+def fork(folder: Path) -> None:
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        with (folder / "log").open("a") as log:
+            log.write(f"\nexit status {os.waitstatus_to_exitcode(status)}")
+        return
+    log_file = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
+    try:
+        step(folder)
+    except BaseException:  # noqa: BLE001  # a fork must not return into its parent's loop
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    ort.set_default_logger_severity(3)
+    for name in sys.argv[1:]:
+        fork(Path(name))

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from onnxqt.calibrate import Quantizers, weight_clip, weight_params
+from onnxqt.calibrate import Quantizers, best_clip, weight_params
 from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
 from onnxqt.errors import OnnxqtError, TrainingError
 from onnxqt.files import write_model
@@ -34,6 +34,7 @@ from onnxqt.trim.quantizers import BLEND, feeds, prune_feeds
 from onnxqt.trim.schedule import Schedule
 
 _TAU_MEMORY = 0.9  # exponential moving average of the reverse-pruning clip, per refresh
+_TAU_POWER = 2  # training repairs what clipping breaks, so it may clip more than a model as it is would bear
 
 
 def _import_training() -> tuple[Any, Any, Any]:
@@ -175,8 +176,7 @@ class Ranges:
 
     def __init__(self, task: Task, parameters: dict[str, Array]) -> None:
         self._task = task
-        self._axes = {site.tensor: site.axis for site in task.plan.weights}
-        self.clips = {name: np.asarray(np.abs(parameters[name]).max(), np.float32) for name in self._axes}
+        self.clips = {name: np.asarray(np.abs(parameters[name]).max(), np.float32) for name in task.shapes}
         self.settings: list[dict[str, Array]] = []
         self._refresh_settings(parameters)
 
@@ -186,11 +186,11 @@ class Ranges:
         tau <- 0.9 tau + 0.1 best
         """
         for name, clip in self.clips.items():
-            best = self._best_clip(parameters[name], self._axes[name])
+            best = self._best_clip(parameters[name])
             self.clips[name] = np.asarray(_TAU_MEMORY * clip + (1 - _TAU_MEMORY) * best, np.float32)
         self._refresh_settings(parameters)
 
-    def _best_clip(self, weight: Array, axis: int) -> FloatArray:
+    def _best_clip(self, weight: Array) -> FloatArray:
         """The clip that pays at the fewest bits asked for; absmax where none does.
 
         Only per-tensor schemes gain from it: a channel's own scale already follows its largest weight.
@@ -198,7 +198,7 @@ class Ranges:
         grids = [scheme.weight_grid for scheme in self._task.schemes if not scheme.per_channel]
         if not grids:
             return np.asarray(np.abs(weight).max(), np.float32)
-        return weight_clip(weight, axis, min(grids, key=lambda grid: grid.bits), per_channel=False)
+        return best_clip(weight, min(grids, key=lambda grid: grid.bits), _TAU_POWER)
 
     def _refresh_settings(self, parameters: dict[str, Array]) -> None:
         task = self._task
