@@ -139,7 +139,12 @@ def main() -> None:
 @main.command()
 @click.argument("model", type=MODEL)
 @_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
-@click.option("--eval", "evaluation", type=MODEL, help="Samples for the report.  [default: a held-out part of --data]")
+@click.option(
+    "--eval",
+    "evaluation",
+    type=MODEL,
+    help="Samples for the report.  [default: the part of --data that training holds out, which also picks the checkpoint]",
+)
 @click.option("--steps", type=int, default=Settings.steps, show_default=True, help="Training updates; 0 for none.")
 @click.option("--batch-size", type=int, default=Settings.batch_size, show_default=True, help="Samples per update.")
 @click.option("--lr", type=float, default=Settings.learning_rate, show_default=True, help="Peak learning rate.")
@@ -160,7 +165,7 @@ def trim(
     as_json: bool,
     **rest: Any,
 ) -> None:
-    r"""Fine-tune MODEL and write its checkpoint, quantized files, table and report.
+    """Fine-tune MODEL and write its checkpoint, quantized files, table and report.
 
     \b
     Example:
@@ -196,7 +201,7 @@ def trim(
 @click.argument("model", type=MODEL)
 @_JSON
 def inspect(model: Path, as_json: bool) -> None:
-    r"""Show what MODEL contains, what will be quantized, and what not and why. Needs no data.
+    """Show what MODEL contains, what will be quantized, and what not and why. Needs no data.
 
     \b
     Example:
@@ -241,13 +246,13 @@ def inspect(model: Path, as_json: bool) -> None:
 def calibrate(
     model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
 ) -> None:
-    r"""Record the range of every tensor of MODEL and write the neutral table.
+    """Record the range of every tensor of MODEL and write the neutral table.
 
     \b
     Example:
         onnxqt calibrate model.onnx --data calib/ --ranges percentile
     """
-    settings = _settings(schemes, ranges=ranges)
+    settings = _settings(schemes, ranges=ranges, steps=0)
     with _Bar() as bar:
         work = open_workspace(model, data, None, out, settings, bar)
         table = record_ranges(work, work.source.model)
@@ -271,13 +276,13 @@ def calibrate(
 def export(
     model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
 ) -> None:
-    r"""Write the quantized files and the table of MODEL as it is, without training.
+    """Write the quantized files and the table of MODEL as it is, without training.
 
     \b
     Example:
         onnxqt export checkpoint.onnx --data calib/ --scheme w8a8-sym-pc
     """
-    settings = _settings(schemes, ranges=ranges)
+    settings = _settings(schemes, ranges=ranges, steps=0)
     with _Bar() as bar:
         work = open_workspace(model, data, None, out, settings, bar)
         checkpoint = Candidate(work.source.model, record_ranges(work, work.source.model))
@@ -307,7 +312,7 @@ def export(
 @_options(_DATA, _JSON)
 @click.option("--reference", type=MODEL, help="Float model to compare with.")
 def emulate(file: Path, data: Path, reference: Path | None, as_json: bool) -> None:
-    r"""Run the quantized FILE in integer arithmetic.
+    """Run the quantized FILE in integer arithmetic.
 
     \b
     Example:

@@ -19,9 +19,9 @@ from onnxqt.model import Model, ingest
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Findings, Report, SchemeResult, build_report
-from onnxqt.runtime import Session, check_trainer
+from onnxqt.runtime import Session
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme
-from onnxqt.trim import DEFAULT_LEARNING_RATE, HELD_FRACTION, HELD_LIMIT, Trimmed, TrimSettings
+from onnxqt.trim import DEFAULT_LEARNING_RATE, HELD_FRACTION, HELD_LIMIT, Trimmed, TrimSettings, check_trainable
 from onnxqt.trim import trim as fine_tune
 from onnxqt.trim.losses import LossName
 from onnxqt.verify import Verdict, verify
@@ -108,6 +108,17 @@ class Source:
     evaluation: Samples
     batch_size: int
     fixed_batch: int | None
+
+    @property
+    def training(self) -> Samples:
+        """The samples that training sees; it holds out the others."""
+        return self.samples.split(HELD_FRACTION, HELD_LIMIT)[0]
+
+    def loss(self, settings: Settings) -> LossName:
+        """What training minimises."""
+        if settings.loss == "auto":
+            return "cross-entropy" if self.samples.has_labels else "distill"
+        return settings.loss
 
     def batches(self, samples: Samples) -> Iterator[Batch]:
         """Samples as the model takes them: a model with a fixed batch axis gets padded batches."""
@@ -202,7 +213,8 @@ def trim(
     Args:
         model: an ONNX file.
         data: samples for calibration and training: a directory of .npz or .npy files, or arrays by input name.
-        evaluation: samples for the report; by default the part of `data` that training does not see.
+        evaluation: samples for the report; by default the part of `data` that training holds out (which also
+            picks the checkpoint, so prefer samples of their own).
         out: the run directory; by default `<model>-onnxqt` in the current directory.
         settings: see `Settings`.
         progress: see `Progress`.
@@ -214,11 +226,8 @@ def trim(
         OnnxqtError: one line that names what is wrong, where, and what to do.
     """
     started = time.perf_counter()
-    settings = settings or Settings()
-    if settings.steps:
-        check_trainer()
     work = open_workspace(Path(model), data, evaluation, out, settings, progress)
-    source, folder = work.source, work.folder
+    source, settings, folder = work.source, work.settings, work.folder
     original = checkpoint = Candidate(source.model, record_ranges(work, source.model))
     trimmed = _train(work, data, original.ranges)
     if trimmed.best_step:
@@ -255,10 +264,13 @@ def open_workspace(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> Workspace:
-    """Everything that can go wrong before the work begins: the model, the samples, the run directory."""
+    """Read and check everything before the work begins, and only then create the run directory."""
     settings, progress = settings or Settings(), progress or Silent()
     progress.stage("read the model and the samples")
     source = prepare(model, data, evaluation, settings)
+    if settings.steps:
+        require(source.training, source.batch_size, "one training batch")
+        check_trainable(source.model, source.plan, source.loss(settings))
     folder = make_folder(Path(out) if out is not None else Path(f"{model.stem}-onnxqt"))
     return Workspace(source, settings, folder, progress)
 
@@ -321,16 +333,13 @@ def _train(work: Workspace, data: Data, ranges: RangeTable) -> Trimmed:
     source, settings = work.source, work.settings
     if not settings.steps:
         return Trimmed(source.model, 0, 0, 0.0, 0.0, {})
-    seen, _ = source.samples.split(HELD_FRACTION, HELD_LIMIT)
-    require(seen, source.batch_size, "one training batch")
-    automatic: LossName = "cross-entropy" if source.samples.has_labels else "distill"
     training = TrimSettings(
         schemes=settings.schemes,
         steps=settings.steps,
         batch_size=source.batch_size,
         learning_rate=settings.learning_rate,
         seed=settings.seed,
-        loss=automatic if settings.loss == "auto" else settings.loss,
+        loss=source.loss(settings),
         method=settings.ranges,
     )
     folder = make_folder(work.folder / TRAINING_FOLDER)

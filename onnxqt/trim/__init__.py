@@ -21,7 +21,6 @@ import onnx_graphsurgeon as gs
 from onnxqt.calibrate import RangeMethod, RangeTable, activation_params
 from onnxqt.errors import TrainingError
 from onnxqt.model import Model, finish
-from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
 from onnxqt.schemes import Scheme
@@ -110,10 +109,9 @@ def trim(
         TrainingError: if an operator has no gradient, the loss diverges, or the process dies; the last
             and the best checkpoint until then are `last.onnx` and `best.onnx` in `folder`.
     """
-    check_trainer()
+    check_trainable(model, plan, settings.loss)
     targets = _targets(model, settings.loss)
-    parameters = trainable(plan, model)
-    _check_path(model, parameters)
+    parameters = trainable(plan)
     graph, rules = training_graph(model, plan, targets, settings.loss)
     onnx.save(graph, folder / jobs.GRAPH)
     onnx.save(model.proto, folder / jobs.START)
@@ -129,7 +127,27 @@ def trim(
     return _outcome(model, settings.schemes, folder, history)
 
 
-def trainable(plan: QuantPlan, model: Model) -> list[str]:
+def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> None:
+    """Refuse what cannot be fine-tuned, before any work is done.
+
+    Raises:
+        InstallationError: if the training package is absent.
+        TrainingError: if there is nothing to train or to compare, or an operator on the way has no gradient.
+    """
+    check_trainer()
+    _targets(model, loss)
+    graph = model.graph
+    moving = set(trainable(plan))
+    for node in graph.nodes:
+        if not any(tensor in moving for tensor in (*node.inputs, *node.captured)):
+            continue
+        results = [tensor for tensor in node.outputs if tensor and graph.is_float(tensor)]
+        if results:
+            check_differentiable(node)
+            moving.update(results)
+
+
+def trainable(plan: QuantPlan) -> list[str]:
     """Initializers that training moves: the weights and biases of the integer nodes."""
     names: dict[str, None] = {}
     for node in plan.integer_nodes:
@@ -174,19 +192,6 @@ def _targets(model: Model, loss: LossName) -> tuple[Target, ...]:
             "use --loss distill"
         )
     return tuple(scores)
-
-
-def _check_path(model: Model, parameters: list[str]) -> None:
-    """Every operator between a trained parameter and a float output must have a gradient."""
-    graph = model.graph
-    moving = set(parameters)
-    for node in graph.nodes:
-        if not any(tensor in moving for tensor in (*node.inputs, *node.captured)):
-            continue
-        results = [tensor for tensor in node.outputs if tensor and graph.is_float(tensor)]
-        if results:
-            check_differentiable(node)
-            moving.update(results)
 
 
 def _job(
