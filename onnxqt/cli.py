@@ -143,7 +143,7 @@ def main() -> None:
     "--eval",
     "evaluation",
     type=MODEL,
-    help="Samples for the report.  [default: the part of --data that training holds out, which also picks the checkpoint]",
+    help="Samples for the report.  [default: what training holds out of --data to pick the checkpoint]",
 )
 @click.option("--steps", type=int, default=Settings.steps, show_default=True, help="Training updates; 0 for none.")
 @click.option("--batch-size", type=int, default=Settings.batch_size, show_default=True, help="Samples per update.")
