@@ -689,17 +689,31 @@ def replace_constant(index: int, value: Array) -> Callable[[ModelProto], object]
     return change
 
 
-def add_branch(model: ModelProto) -> None:
-    one = helper.make_node("Constant", [], ["one"], value_float=1.0)
-    branch = helper.make_graph([one], "b", [], [helper.make_tensor_value_info("one", 1, [])])
-    flag = helper.make_node("Constant", [], ["flag"], value=helper.make_tensor("f", TensorProto.BOOL, [], [1]))
-    node = helper.make_node("If", ["flag"], ["branched"], name="choice", then_branch=branch, else_branch=branch)
-    model.graph.node.extend([flag, node])
-
-
 def dynamic_scale(model: ModelProto) -> None:
     model.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, []))
     model.graph.node[0].input[1] = "scale"
+
+
+def test_an_if_that_reads_a_quantized_tensor_is_a_float_island() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N, 4] x) => (float[N, 4] y) <float s = {0.1}, uint8 z = {7}, float zero = {0}> {
+            codes = QuantizeLinear(x, s, z)
+            real = DequantizeLinear(codes, s, z)
+            sum = ReduceSum <keepdims = 0> (real)
+            positive = Greater(sum, zero)
+            y = If (positive) <
+                then_branch = above () => (float[N, 4] a) { a = Neg(real) },
+                else_branch = below () => (float[N, 4] b) { b = Abs(real) }
+            >
+        }
+    """)
+    program = load_program(model)
+    assert [op_type for _, op_type, _ in program.float_nodes] == ["ReduceSum", "Greater", "If"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for sign in (1, -1):
+        x = np.array([[1, 2, 3, 4], [0, -1, 0.5, 2]], np.float32) * np.float32(sign)
+        np.testing.assert_array_equal(program.run({"x": x})["y"], session.run(None, {"x": x})[0])
 
 
 @pytest.mark.parametrize(
@@ -707,7 +721,6 @@ def dynamic_scale(model: ModelProto) -> None:
     [
         (set_opset, "the model has opset 12: expected 13 to 21; convert it with onnx.version_converter"),
         (lambda m: m.graph.node[0].ClearField("input"), "cannot read the model as ONNX"),
-        (add_branch, r"node 'choice' \(If\) holds a subgraph: export without it"),
         (dynamic_scale, "has a scale or zero point that is not constant: quantize statically"),
         (replace_constant(1, np.array([0.1, 0.2, 0.3], np.float32)), "quantizes an activation per channel or block"),
         (replace_constant(1, np.array(-0.1, np.float32)), "scale must be finite and > 0"),

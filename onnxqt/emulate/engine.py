@@ -40,6 +40,7 @@ from onnxqt.emulate.graph import (
     quantized,
     quantizer_params,
     read_file,
+    read_names,
     storage,
 )
 from onnxqt.emulate.kernels import Product, Window
@@ -90,7 +91,7 @@ def _program(graph: Graph) -> Program:
 
 def _fold(graph: Graph, node: NodeProto) -> None:
     """Replaces a node whose inputs are all constant by its value."""
-    names = [name for name in node.input if name]
+    names = read_names(node)
     if node.op_type != "Constant" and not (names and all(is_constant(graph, n) for n in names)):
         return
     params = quantizer_params(graph, node) if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
@@ -118,7 +119,7 @@ def _fold(graph: Graph, node: NodeProto) -> None:
 
 def _decide(graph: Graph, node: NodeProto) -> None:
     """Writes down the step of one node, and what the graph knows of the node's outputs."""
-    dynamic = [name for name in node.input if name and not is_constant(graph, name)]
+    dynamic = [name for name in read_names(node) if not is_constant(graph, name)]
     if node.op_type == "QuantizeLinear":
         _quantize(graph, node)
     elif node.op_type == "DequantizeLinear" and node.input[0] in graph.grids:
@@ -204,7 +205,7 @@ def _shape(graph: Graph, node: NodeProto) -> None:
 
 def _float(graph: Graph, node: NodeProto, reason: str) -> None:
     """The node itself in ONNX Runtime; without a `reason` it only computes shapes."""
-    names = [name for name in dict.fromkeys(node.input) if name and not is_constant(graph, name)]
+    names = [name for name in read_names(node) if not is_constant(graph, name)]
     values = [_real(graph, name) for name in names]
     types = [storage(graph.grids[name]) if name in graph.grids else None for name in names]
     execute = onnxruntime_run(graph, node, names)

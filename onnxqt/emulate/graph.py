@@ -1,7 +1,7 @@
 """What a QDQ file says: its constants, its grids, who reads what; and one of its nodes run by ONNX Runtime."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,6 @@ def read_file(model: str | Path | ModelProto) -> ModelProto:
         raise EmulatorError(
             f"{where} has opset {opset}: expected {_OPSETS[0]} to {_OPSETS[-1]}; convert it with onnx.version_converter"
         )
-    for node in proto.graph.node:
-        if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
-            raise EmulatorError(f"node '{node_name(node)}' ({node.op_type}) holds a subgraph: export without it")
     return inliner.inline_local_functions(proto) if proto.functions else proto
 
 
@@ -73,7 +70,7 @@ def open_graph(proto: ModelProto, reference: bool) -> Graph:
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     consumers: dict[str, list[NodeProto]] = {}
     for node in proto.graph.node:
-        for name in node.input:
+        for name in read_names(node):
             consumers.setdefault(name, []).append(node)
     for output in proto.graph.output:
         consumers.setdefault(output.name, []).append(NodeProto(op_type="graph output"))
@@ -96,6 +93,21 @@ def declared(graph: Graph, value: onnx.ValueInfoProto) -> tuple[Any, tuple[int |
 def storage(grid: Grid) -> Any:
     """The numpy type that holds codes outside the program."""
     return np.dtype(f"{'' if grid.signed else 'u'}int{max(8, grid.bits)}")
+
+
+def read_names(node: NodeProto) -> list[str]:
+    """Every tensor that a node reads, its subgraphs (If, Loop, Scan) included."""
+    inner = [graph for a in node.attribute for graph in ((a.g,) if a.HasField("g") else a.graphs)]
+    return list(dict.fromkeys(filter(None, (*node.input, *(name for graph in inner for name in _captured(graph))))))
+
+
+def _captured(graph: onnx.GraphProto) -> Iterator[str]:
+    """Tensors that a subgraph reads from the graphs around it."""
+    local = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        yield from (name for name in read_names(node) if name not in local)
+        local.update(node.output)
+    yield from (value.name for value in graph.output if value.name not in local)
 
 
 def node_name(node: NodeProto) -> str:
@@ -196,8 +208,8 @@ def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
     """Runs `node` alone: values of the inputs `names` -> its outputs. Its other inputs are constants."""
     constants = [
         graph.constants[name] if name in graph.constants else numpy_helper.from_array(constant(graph, name), name)
-        for name in dict.fromkeys(node.input)
-        if name and name not in names
+        for name in read_names(node)
+        if name not in names
     ]
     return one_node_run(node, names, constants, graph.proto.opset_import)
 
