@@ -1,17 +1,23 @@
 """Inference with ONNX Runtime: the only place outside the training worker that imports it."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from onnxqt.errors import InstallationError, ModelError
 from onnxqt.numerics import Array
+
+try:
+    import onnxruntime as ort
+except ImportError:  # what two distributions in one folder can come to; `check_installation` says what to do
+    ort = None
 
 MAX_OPSET = 21  # the newest that ONNX Runtime 1.19.2 reads, and with it the trainer
 MAX_IR_VERSION = 10
@@ -28,17 +34,21 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+@functools.cache
 def check_installation() -> None:
-    """Refuse an environment in which two distributions overwrote each other's files.
+    """Refuse an environment in which two distributions overwrote each other's files, or there is none.
 
     Raises:
-        InstallationError: if `onnxruntime` and `onnxruntime-training-cpu` are both installed.
+        InstallationError: if `onnxruntime` and `onnxruntime-training-cpu` are both installed, or neither works.
     """
     if installed("onnxruntime") and installed(TRAINER):
         raise InstallationError(
             f"both 'onnxruntime' and '{TRAINER}' are installed and overwrite each other's files: run "
             f"'pip uninstall -y onnxruntime {TRAINER}', then 'pip install {TRAINER}==1.19.2'"
         )
+
+    if ort is None:
+        raise InstallationError(f"'import onnxruntime' fails: run 'pip install --force-reinstall {TRAINER}==1.19.2'")
 
 
 def check_trainer() -> None:
@@ -71,12 +81,7 @@ class Session:
     def __init__(
         self, model: onnx.ModelProto | Path, optimize: bool = True, outputs: Sequence[str] | None = None
     ) -> None:
-        check_installation()
-        source = os.fspath(model) if isinstance(model, Path) else model.SerializeToString()
-        try:
-            self._session = ort.InferenceSession(source, _options(optimize), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a private class per status code
-            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        self._session = _open(model, optimize)
         self.outputs = list(outputs) if outputs else [value.name for value in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -100,16 +105,13 @@ def executed_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options(optimize=True)
-        options.optimized_model_filepath = os.fspath(path)
-        try:
-            ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        _open(model, True, optimized_model_filepath=os.fspath(path))
         return onnx.load(path)
 
 
-def _options(optimize: bool) -> ort.SessionOptions:
+def _open(model: onnx.ModelProto | Path, optimize: bool, **settings: str) -> Any:
+    """An onnxruntime session; `settings` are further session options."""
+    check_installation()
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
     levels = ort.GraphOptimizationLevel
@@ -118,7 +120,13 @@ def _options(optimize: bool) -> ort.SessionOptions:
     options.add_session_config_entry("session.x64quantprecision", "1")
     # Sessions have threads of their own; spinning, the threads of one burn the cores that the next one needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
+    for name, value in settings.items():
+        setattr(options, name, value)
+    source = os.fspath(model) if isinstance(model, Path) else model.SerializeToString()
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a private class per status code
+        raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
@@ -16,6 +15,7 @@ from onnxqt import numerics
 from onnxqt.emulate.program import Run, Step, Tensor
 from onnxqt.errors import EmulatorError
 from onnxqt.numerics import Array, Grid, QParams
+from onnxqt.runtime import Session
 
 _OPSETS = range(13, 22)
 _GRIDS: Mapping[int, Grid] = {
@@ -215,22 +215,17 @@ def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
 
 
 def one_node_run(node: NodeProto, names: Sequence[str], constants: Sequence[TensorProto], opsets: Any) -> Run:
-    """The only use of onnxruntime; a session per combination of input types."""
+    """One node in ONNX Runtime; a session per combination of input types."""
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
 
     @functools.cache
-    def session(types: tuple[int, ...]) -> Any:
+    def session(types: tuple[int, ...]) -> Session:
         inputs = [helper.make_tensor_value_info(n, kind, None) for n, kind in zip(names, types, strict=True)]
         inner = helper.make_graph([node], "node", inputs, outputs, constants)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Each session has threads of its own: without this they burn the cores that the next step needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        model = helper.make_model(inner, opset_imports=opsets, ir_version=10)
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10))
 
     def run(*values: Array) -> tuple[Array, ...]:
         types = tuple(helper.np_dtype_to_tensor_dtype(value.dtype) for value in values)
-        return tuple(session(types).run(None, dict(zip(names, values, strict=True))))
+        return tuple(session(types).run(dict(zip(names, values, strict=True))).values())
 
     return run
