@@ -78,8 +78,10 @@ def observe(values: Array) -> TensorRange:
     if not (np.isfinite(lo) and np.isfinite(hi)):
         raise CalibrationError("takes NaN or infinite values on the samples")
     limit = 2.0 ** np.ceil(np.log2(max(abs(lo), abs(hi), 2.0**-60) * (1 + 2.0**-20)))
-    bins = (values.ravel() * np.float32(BINS / 2 / limit) + np.float32(BINS / 2)).astype(np.int32)
-    counts = np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
+    steps = values.ravel() * np.float32(BINS / 2 / limit)  # exact, as the factor is a power of two
+    bins = np.floor(steps).astype(np.int32)  # so that each bin is a pair of bins of half the limit
+    bins[(steps == 0) & (values.ravel() < 0)] = -1  # unless the product is too small for float32
+    counts = np.bincount(np.clip(bins + BINS // 2, 0, BINS - 1), minlength=BINS)
     return TensorRange(values.size, lo, hi, float(limit), counts.astype(np.int64))
 
 
@@ -138,7 +140,8 @@ def calibrate(
     session = Session(_with_outputs(model.proto, inside), outputs=inside)
     seen: dict[str, TensorRange] = {}
     done = 0
-    for batch in samples.batches(batch_size):
+    fixed = any((model.graph.shape(name) or (None,))[0] is not None for name in model.graph.inputs)
+    for batch in samples.batches(batch_size, pad=fixed):
         values = {**batch.inputs, **session.run(batch.inputs)}
         for name in names:
             try:
@@ -204,10 +207,11 @@ def weight_params(plan: QuantPlan, values: Mapping[str, Array], scheme: Scheme) 
     """Symmetric parameters of every quantized weight; `values` are the weights by tensor."""
     params = {}
     for site in plan.weights:
-        clip = weight_clip(values[site.tensor], site.axis, scheme.weight_grid, scheme.per_channel)
+        per_channel = scheme.per_channel and not site.batched
+        clip = weight_clip(values[site.tensor], site.axis, scheme.weight_grid, per_channel)
         scale = np.maximum(clip / np.float32(scheme.weight_grid.qmax), _MIN_SCALE).astype(np.float32)
         zero = np.zeros(scale.shape, np.int32)
-        params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if scheme.per_channel else None)
+        params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if per_channel else None)
     return params
 
 
@@ -338,7 +342,7 @@ def best_clip(weight: Array, grid: Grid, power: int) -> FloatArray:
 def _raise_for_bias(params: QParams, bias: Array, input_scale: FloatArray) -> QParams:
     """Scales large enough for the bias, quantized with `input_scale * scale`, to fit into INT32."""
     needed = np.abs(bias).reshape(-1) / (input_scale * np.float32(_MAX_BIAS_CODE))
-    if params.axis is None:
+    if params.axis is None or needed.size == 1:
         needed = needed.max()
     elif needed.size != params.scale.size:  # grouped ConvTranspose: each scale serves one channel of every group
         needed = needed.reshape(-1, params.scale.size).max(axis=0)
@@ -346,13 +350,13 @@ def _raise_for_bias(params: QParams, bias: Array, input_scale: FloatArray) -> QP
     return QParams(scale, params.zero_point, params.grid, params.axis)
 
 
-def bias_scale(weight: QParams, input_scale: FloatArray, channels: int) -> FloatArray:
-    """Scale of an INT32 bias, `s_input * s_weight`: float32 () per tensor, (channels,) per channel.
+def bias_scale(weight: QParams, input_scale: FloatArray, size: int) -> FloatArray:
+    """Scale of an INT32 bias of `size` values, `s_input * s_weight`: float32 () per tensor, (channels,) per channel.
 
-    The scales of a grouped ConvTranspose weight repeat for each group.
+    The scales of a grouped ConvTranspose weight repeat for each group; a bias of one value serves all channels.
     """
     scale = (input_scale * weight.scale).astype(np.float32)
-    return np.tile(scale, channels // scale.size) if scale.ndim else scale
+    return np.tile(scale, max(1, size // scale.size)) if scale.ndim else scale
 
 
 def _constant(model: Model, tensor: str) -> Array:

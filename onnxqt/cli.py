@@ -23,7 +23,7 @@ from onnxqt import __version__
 from onnxqt.calibrate import RANGE_METHODS, RangeMethod
 from onnxqt.data import InputSpec, fixed_batch, open_samples
 from onnxqt.emulate import load_program
-from onnxqt.errors import OnnxqtError
+from onnxqt.errors import ModelError, OnnxqtError
 from onnxqt.files import write_json
 from onnxqt.metrics import Tally
 from onnxqt.model import GraphIndex, ingest
@@ -321,7 +321,13 @@ def emulate(file: Path, data: Path, reference: Path | None, as_json: bool) -> No
     program = load_program(file)
     specs = [InputSpec(name, np.dtype(dtype), shape or ()) for name, (dtype, shape) in program.inputs.items()]
     samples = open_samples(data, specs)
-    compare = Session(reference).run if reference else program.run
+    session = Session(reference) if reference else None
+    if session and not set(program.outputs) <= set(session.outputs):
+        raise ModelError(
+            f"'{reference}' has the outputs {session.outputs}, '{file}' has {list(program.outputs)}: "
+            "give the float model that it was made of"
+        )
+    compare = session.run if session else program.run
     tallies = {name: Tally() for name in program.outputs}
     fixed = fixed_batch(specs)
     with _Bar() as bar:
@@ -392,9 +398,9 @@ def _print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; the first row is its header. Nothing is printed for a table without rows."""
     if len(rows) < 2:
         return
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "scheme")
     for row in rows[1:]:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

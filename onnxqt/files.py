@@ -1,5 +1,6 @@
 """Writing files: under a temporary name, then renamed, so a killed run leaves no half file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,5 +57,6 @@ def _write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ExportError(f"cannot write '{path}' ({error.strerror}): free the disk or choose another --out") from error

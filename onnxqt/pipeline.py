@@ -11,7 +11,7 @@ import onnx
 
 from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
 from onnxqt.data import Batch, InputSpec, Samples, check_labels, fixed_batch, open_samples, require
-from onnxqt.errors import UsageError
+from onnxqt.errors import DataError, UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import neutral_table, quantized_model
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
@@ -118,6 +118,8 @@ class Source:
         """What training minimises."""
         if settings.loss == "auto":
             return "cross-entropy" if self.samples.has_labels else "distill"
+        if settings.loss == "cross-entropy" and not self.samples.has_labels:
+            raise DataError(f"{self.samples.source} has no array 'labels' for --loss cross-entropy: use --loss distill")
         return settings.loss
 
     def batches(self, samples: Samples) -> Iterator[Batch]:
@@ -384,7 +386,7 @@ def _judge(
         before = evaluate(Session(original.quantized(plan, scheme, method)).run, reference)
     elif checkpoint is not original:
         after = evaluate(Session(checkpoint.quantized(plan, scheme, method)).run, reference)
-    weights: Literal["checkpoint", "original"] = "checkpoint" if exported.made_of is checkpoint else "original"
+    weights: Literal["checkpoint", "original"] = "original" if exported.made_of is original else "checkpoint"
     return SchemeResult(before, after, weights, file, exported.verdict)
 
 

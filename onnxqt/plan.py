@@ -6,6 +6,7 @@ The plan looks at the graph alone: it holds no data and no scales. Its rules:
   alone - a constant bias Add after MatMul, then Relu or Clip - is fused into it: no quantizer in between.
 * Add, Concat, pooling and free-standing Relu/Clip are integer where an operand is quantized anyway; operators
   that only move codes also need a reader of codes behind them. So no quantizer pair stands between float nodes.
+* What moves codes between an input of the model and an integer node is integer: the model takes codes.
 * A tensor has one quantizer, whoever reads it.
 * Operators that move or select codes, and Concat, share one grid between inputs and output.
 """
@@ -35,10 +36,18 @@ class ActivationSite:
 
 @dataclass(frozen=True)
 class WeightSite:
-    """A quantized weight, per channel along `axis` where the scheme asks for it."""
+    """A quantized weight, per channel along `axis` where the scheme asks for it.
+
+    Attributes:
+        tensor: its name.
+        axis: of its output channels.
+        batched: a stack of matrices, always per tensor: ONNX Runtime 1.19 fuses MatMul with such a weight into
+            kernels that fail on scales per channel.
+    """
 
     tensor: str
     axis: int
+    batched: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _weighted(graph: GraphIndex, node: Node) -> IntegerNode | str:
         node.op_type,
         (data,),
         output,
-        WeightSite(weight, axis),
+        WeightSite(weight, axis, batched=node.op_type == "MatMul" and rank > 2),
         bias,
         node.attributes.get("group", 1),
         followers + clamps,
@@ -205,12 +214,13 @@ def _only_reader(graph: GraphIndex, tensor: str) -> Node | None:
 def _bias_add(graph: GraphIndex, tensor: str, channels: int) -> tuple[tuple[str, ...], str | None, str]:
     """A constant Add along the last axis behind a MatMul: (its name, the bias, its output)."""
     reader = _only_reader(graph, tensor)
-    if reader is None or reader.op_type != "Add":
+    if reader is None or lookup(reader.op_type, reader.domain).kind is not Kind.ADD:
         return (), None, tensor
     other = reader.inputs[0] if reader.inputs[1] == tensor else reader.inputs[1]
-    if other not in graph.initializers or tuple(graph.initializers[other].dims)[-1:] != (channels,):
+    *rows, columns = graph.shape(other) or (None,)
+    if other not in graph.initializers or columns != channels or any(size != 1 for size in rows):
         return (), None, tensor
-    if any(size != 1 for size in graph.initializers[other].dims[:-1]):
+    if len(rows) >= len(graph.shape(tensor) or ()):  # a bias of higher rank gives the output its rank
         return (), None, tensor
     return (reader.name,), other, reader.outputs[0]
 
@@ -234,6 +244,7 @@ def _choose(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> list[Integ
     Starts from the weighted operators and spreads along quantized tensors until nothing changes.
     """
     chosen = {name: node for name, node in candidates.items() if lookup(node.op_type).kind is Kind.WEIGHTED}
+    moved_inputs = _moved_inputs(graph, candidates)
     while True:
         fused = {name for node in chosen.values() for name in node.followers}
         quantized = {tensor for node in chosen.values() for tensor in (*node.inputs, node.output)}
@@ -241,7 +252,9 @@ def _choose(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> list[Integ
         grown = {
             name: node
             for name, node in candidates.items()
-            if name in chosen or (name not in fused and _pays(node, quantized, wanted))
+            if name in chosen
+            or (name not in fused and _pays(node, quantized, wanted))
+            or (node.output in quantized and node.output in moved_inputs)
         }
         if len(grown) == len(chosen):
             return _without_fused(grown)
@@ -251,6 +264,16 @@ def _choose(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> list[Integ
 def _pays(node: IntegerNode, quantized: set[str], wanted: set[str]) -> bool:
     moves = lookup(node.op_type).kind is Kind.SAME_GRID and node.op_type != "MaxPool"
     return any(t in quantized for t in node.inputs) and (not moves or node.output in wanted)
+
+
+def _moved_inputs(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> set[str]:
+    """Tensors that hold nothing but the elements of an input of the model."""
+    moved: set[str] = set()
+    for node in candidates.values():
+        same_grid = lookup(node.op_type).kind is Kind.SAME_GRID
+        if same_grid and (node.inputs[0] in graph.inputs or node.inputs[0] in moved):
+            moved.add(node.output)
+    return moved
 
 
 def _wanted(graph: GraphIndex, candidates: dict[str, IntegerNode], chosen: dict[str, IntegerNode]) -> set[str]:

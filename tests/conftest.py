@@ -1,14 +1,18 @@
-"""The digits classifiers, prepared once for every test that wants them."""
+"""The digits classifiers and a short run on one of them, prepared once for every test that wants them."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 
 from onnxqt.calibrate import Quantizers, RangeTable, calibrate, make_quantizers
+from onnxqt.cli import main
 from onnxqt.data import Samples, open_samples
 from onnxqt.export import quantized_model
 from onnxqt.model import Model, ingest
@@ -20,6 +24,8 @@ from onnxqt.schemes import Scheme
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ("torch", "keras")
 CALIBRATED = 100  # samples
+RUN_SCHEMES = ("w8a8-sym-pc", "w2a8-asym-pt", "w4a4-asym-pc")  # two bits gain from any training
+RUN_STEPS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +79,44 @@ def digits(request: pytest.FixtureRequest) -> Digits:
 @pytest.fixture(scope="session")
 def torch_digits() -> Digits:
     return _load("torch")
+
+
+def invoke(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def files(folder: Path) -> set[str]:
+    """Every file below a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A short run of `onnxqt trim --json` on the torch fixture, with labelled evaluation samples."""
+
+    digits: Digits
+    folder: Path
+    result: Result
+
+    @property
+    def evaluation(self) -> Path:
+        return self.digits.folder / "eval"
+
+    @property
+    def report(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+        return content
+
+    def scheme_file(self, name: str) -> Path:
+        return self.folder / "schemes" / f"{name}.onnx"
+
+
+@pytest.fixture(scope="session")
+def short_run(torch_digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    schemes = [argument for name in RUN_SCHEMES for argument in ("--scheme", name)]
+    data = ["--data", torch_digits.calib, "--eval", torch_digits.folder / "eval"]
+    result = invoke("trim", torch_digits.file, *data, "--out", folder, "--steps", RUN_STEPS, "--json", *schemes)
+    assert result.exit_code == 0, result.stderr
+    return Run(torch_digits, folder, result)

@@ -182,14 +182,10 @@ def test_byte_order_memory_order_and_width(tmp_path: Path, order: Any, dtype: st
     assert np.array_equal(next(samples.take(2).batches(2)).inputs["x"], x.astype(np.float32)[[1, 3]])
 
 
-@pytest.mark.parametrize(
-    ("have", "want"), [(np.int32, I64), (">i8", I32), (np.int64, I32), (np.bool_, np.dtype(bool))]
-)
+@pytest.mark.parametrize(("have", "want"), [(np.int32, I64), (">i8", I32), (np.int64, I32), (np.bool_, np.dtype(bool))])
 def test_integers_and_booleans(tmp_path: Path, have: Any, want: np.dtype[Any]) -> None:
     ids = np.array([[1, 0, 1, 0], [0, 0, 1, 1]], have)
-    (batch,) = open_samples(
-        write_npz(tmp_path / "a.npz", ids=ids), [InputSpec("ids", want, (None, 4))]
-    ).batches(2)
+    (batch,) = open_samples(write_npz(tmp_path / "a.npz", ids=ids), [InputSpec("ids", want, (None, 4))]).batches(2)
     assert batch.inputs["ids"].dtype == want
     assert np.array_equal(batch.inputs["ids"], ids)
 
@@ -206,9 +202,7 @@ def test_free_dims_may_differ_between_batches_but_not_within(tmp_path: Path) -> 
     write_npz(tmp_path / "b.npz", x=np.ones((2, 7), np.float32))
     samples = open_samples(tmp_path, [InputSpec("x", F32, (None, None))])
     assert [batch.inputs["x"].shape for batch in samples.batches(2)] == [(2, 5), (2, 7)]
-    with pytest.raises(
-        DataError, match=r"b\.npz: array 'x' has samples of shape \(7,\).*\(5,\); .*--batch-size 1"
-    ):
+    with pytest.raises(DataError, match=r"b\.npz: array 'x' has samples of shape \(7,\).*\(5,\); .*--batch-size 1"):
         list(samples.batches(4))
 
 
@@ -287,9 +281,7 @@ def test_shuffled_holds_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_shuffled_is_deterministic_and_resumable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool
-) -> None:
+def test_shuffled_is_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool) -> None:
     monkeypatch.setattr(data, "WINDOW_LIMIT", 6 * 24)
     source: Path | Mapping[str, Array] = write_shards(tmp_path, [5, 1, 7, 3])
     if memory:
@@ -488,9 +480,7 @@ def test_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_npy_for_several_inputs(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", numbered(0, 1))
-    with pytest.raises(
-        DataError, match=r"a\.npy holds one array, .* inputs \['x', 'ids'\]; save \.npz files"
-    ):
+    with pytest.raises(DataError, match=r"a\.npy holds one array, .* inputs \['x', 'ids'\]; save \.npz files"):
         open_samples(tmp_path, [X, IDS])
 
 
@@ -548,9 +538,7 @@ ONES = np.ones((2, 3, 2), np.float32)
 @pytest.mark.parametrize("memory", [False, True])
 def test_arrays_that_do_not_fit(tmp_path: Path, memory: bool, arrays: dict[str, Array], message: str) -> None:
     source: Path | Mapping[str, Array] = arrays if memory else write_npz(tmp_path / "a.npz", **arrays)
-    with pytest.raises(
-        DataError, match=("the samples in memory" if memory else r"a\.npz") + ".*" + message
-    ) as error:
+    with pytest.raises(DataError, match=("the samples in memory" if memory else r"a\.npz") + ".*" + message) as error:
         open_samples(source, [X])
     assert "\n" not in str(error.value)
 
@@ -581,9 +569,7 @@ def test_ragged_lists_in_memory() -> None:
 def test_labels_in_some_files_only(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", x=ONES, labels=np.arange(2))
     write_npz(tmp_path / "b.npz", x=ONES)
-    with pytest.raises(
-        DataError, match=r"b\.npz has no array 'labels', but .*a\.npz has one; add it to every"
-    ):
+    with pytest.raises(DataError, match=r"b\.npz has no array 'labels', but .*a\.npz has one; add it to every"):
         open_samples(tmp_path, [X])
 
 
@@ -600,19 +586,13 @@ def test_python_objects_are_not_unpickled(tmp_path: Path) -> None:
             open_samples(tmp_path / name, [X])
 
 
-@pytest.mark.parametrize(
-    "shape", ["(1000000000000, 3, 2)", "(-1, 3, 2)", "(0, 3, 2)", "(3, 3, 2)", "(1, 3, 2)"]
-)
+@pytest.mark.parametrize("shape", ["(1000000000000, 3, 2)", "(-1, 3, 2)", "(0, 3, 2)", "(3, 3, 2)", "(1, 3, 2)"])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("kind", ["npy", "npz"])
-def test_header_that_claims_another_size(
-    tmp_path: Path, shape: str, version: tuple[int, int], kind: str
-) -> None:
+def test_header_that_claims_another_size(tmp_path: Path, shape: str, version: tuple[int, int], kind: str) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
     write_raw(tmp_path / f"a.{kind}", header_bytes(header, version) + bytes(48))
-    with pytest.raises(
-        DataError, match=r"has 48 bytes of values, but float32 of shape .*damaged, write it again"
-    ):
+    with pytest.raises(DataError, match=r"has 48 bytes of values, but float32 of shape .*damaged, write it again"):
         open_samples(tmp_path, [X])
 
 
@@ -668,9 +648,7 @@ def test_malformed_arrays(tmp_path: Path, content: bytes, kind: str) -> None:
     write_raw(tmp_path / f"a.{kind}", content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(
-            DataError, match=rf"a\.{kind} cannot be read \(.+\); check it or write it"
-        ) as error:
+        with pytest.raises(DataError, match=rf"a\.{kind} cannot be read \(.+\); check it or write it") as error:
             open_samples(tmp_path, [X])
     assert "\n" not in str(error.value)
 
@@ -683,9 +661,7 @@ def test_random_damage_is_one_line(tmp_path: Path) -> None:
         good = np.fromfile(tmp_path / name, np.uint8)
         for trial in range(300):
             bad = good.copy()
-            places = rng.integers(
-                0, min(len(bad), 128 if name == "good.npy" else len(bad)), size=1 + trial % 4
-            )
+            places = rng.integers(0, min(len(bad), 128 if name == "good.npy" else len(bad)), size=1 + trial % 4)
             bad[places] = rng.integers(0, 256, size=len(places))
             path = tmp_path / f"bad{Path(name).suffix}"
             path.write_bytes(bad[: None if trial % 3 else int(rng.integers(0, len(bad)))].tobytes())
@@ -714,9 +690,7 @@ def test_arrays_above_the_limit(tmp_path: Path) -> None:
 def test_truncated_files(tmp_path: Path) -> None:
     content = npy_bytes(ONES)
     (tmp_path / "a.npy").write_bytes(content[:-1])
-    with pytest.raises(
-        DataError, match=r"a\.npy has 47 bytes of values, .* which needs 48; the file is damaged"
-    ):
+    with pytest.raises(DataError, match=r"a\.npy has 47 bytes of values, .* which needs 48; the file is damaged"):
         open_samples(tmp_path / "a.npy", [X])
     path = write_npz(tmp_path / "a.npz", x=ONES)
     path.write_bytes(path.read_bytes()[:-30])
@@ -747,9 +721,7 @@ def test_corrupt_contents_are_found_by_their_checksum(tmp_path: Path, save: Any)
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[content.index(b"PK\x01\x02") - 9] ^= 1  # near the end of the array
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"a\.npz cannot be read \((Bad CRC-32|Error -3|it ends early).*\); check"
-    ):
+    with pytest.raises(DataError, match=r"a\.npz cannot be read \((Bad CRC-32|Error -3|it ends early).*\); check"):
         read(samples)
 
 
@@ -795,9 +767,7 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float, memory: bool) 
     source: Any = {"x": x} if memory else write_npz(tmp_path / "b.npz", x=x).parent
     where = "the samples in memory" if memory else r"b\.npz"
     samples = open_samples(source, [X])
-    message = (
-        rf"{where}: array 'x' is NaN, infinite or too large for float32 in sample 5 of the file; correct"
-    )
+    message = rf"{where}: array 'x' is NaN, infinite or too large for float32 in sample 5 of the file; correct"
     for use in (read, lambda s: list(islice(s.shuffled(7, 0), 2))):
         with pytest.raises(DataError, match=message):
             use(samples)
@@ -836,7 +806,5 @@ def test_checking_labels_that_are_not_there() -> None:
 def test_require() -> None:
     samples = open_samples({"x": ONES}, [X])
     require(samples, 2, "calibration")
-    with pytest.raises(
-        DataError, match="in memory: the number of samples is 2, but calibration needs 3; add"
-    ):
+    with pytest.raises(DataError, match="in memory: the number of samples is 2, but calibration needs 3; add"):
         require(samples, 3, "calibration")

@@ -5,13 +5,11 @@ import pytest
 
 from onnxqt.trim.schedule import Schedule
 
-SHAPES = [
-    Schedule(steps=20_000),
-    Schedule(steps=20_000, warmup=0.25, bend=0.5, full=0.625, knee=0.5),
-]
-DEFAULT, OTHER = SHAPES
-IDS = ["default", "other"]
+DEFAULT = Schedule(steps=20_000)
+OTHER = Schedule(steps=20_000, warmup=0.25, bend=0.5, full=0.625, knee=0.5)
 PEAK = 0.125
+
+both = pytest.mark.parametrize("schedule", [DEFAULT, OTHER], ids=["default", "other"])
 
 
 def blends(schedule: Schedule) -> list[float]:
@@ -22,7 +20,7 @@ def at(schedule: Schedule, fraction: float) -> float:
     return schedule.blend(round(fraction * schedule.steps))
 
 
-@pytest.mark.parametrize("schedule", SHAPES, ids=IDS)
+@both
 def test_float_in_the_warm_up(schedule: Schedule) -> None:
     values = blends(schedule)
     rise = round(schedule.warmup * schedule.steps)
@@ -30,7 +28,7 @@ def test_float_in_the_warm_up(schedule: Schedule) -> None:
     assert values[rise + 1] > 0.0
 
 
-@pytest.mark.parametrize("schedule", SHAPES, ids=IDS)
+@both
 def test_exactly_one_in_the_hold_part(schedule: Schedule) -> None:
     values = blends(schedule)
     top = round(schedule.full * schedule.steps)
@@ -38,7 +36,7 @@ def test_exactly_one_in_the_hold_part(schedule: Schedule) -> None:
     assert values[top - 1] < 1.0
 
 
-@pytest.mark.parametrize("schedule", SHAPES, ids=IDS)
+@both
 def test_monotone_and_continuous(schedule: Schedule) -> None:
     jumps = np.diff(blends(schedule))
     # The steepest slopes, at the upper ends of the ramps, times du = 1 / steps; a gap at a joint would be larger.
@@ -48,7 +46,7 @@ def test_monotone_and_continuous(schedule: Schedule) -> None:
     assert jumps.max() <= max(quartic, quadratic) / schedule.steps
 
 
-@pytest.mark.parametrize("schedule", SHAPES, ids=IDS)
+@both
 def test_knee_and_the_middle_of_each_ramp(schedule: Schedule) -> None:
     tolerance = 1e-12  # a handful of float64 roundings of numbers below 1
     knee = schedule.knee

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
+from onnxqt.model import editable
 from onnxqt.trim import finish_training
 from onnxqt.trim.gradients import make_differentiable, static_rules
 from onnxqt.trim.quantizers import functions
@@ -26,7 +26,7 @@ from onnxqt.trim.worker import Trainer
 def step(folder: Path) -> None:
     forward = onnx.load(folder / "forward.onnx")
     parameters = [tensor.name for tensor in forward.graph.initializer if tensor.name.startswith("p")]
-    graph = gs.import_onnx(forward)
+    graph = editable(forward)
     rules, wrappers = make_differentiable(graph)
     onnx.save(finish_training(graph, [*functions(graph.opset), *wrappers]), folder / "graph.onnx")
     trainer = Trainer(folder / "graph.onnx", parameters, [*static_rules(), *rules])

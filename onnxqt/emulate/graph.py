@@ -53,7 +53,7 @@ def read_file(model: str | Path | ModelProto) -> ModelProto:
     """A checked model without local functions."""
     where = "the model" if isinstance(model, ModelProto) else f"'{model}'"
     try:
-        proto = model if isinstance(model, ModelProto) else onnx.load(model)
+        proto = model if isinstance(model, ModelProto) else onnx.load(model, format="protobuf")
         onnx.checker.check_model(proto if isinstance(model, ModelProto) else str(model))
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise EmulatorError(f"cannot read {where} as ONNX: {str(error).splitlines()[0]}") from error

@@ -8,7 +8,8 @@ Brevitas), not INT4: ONNX Runtime 1.19 drops a Relu in front of an INT4 Quantize
 moves INT4 codes into operators that do not take them. The 8-bit form means the same and runs on integer kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -18,12 +19,21 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqt.calibrate import Quantizers, bias_scale
 from onnxqt.errors import ExportError
-from onnxqt.model import Model, convert_opset, finish
+from onnxqt.model import Model, Names, convert_opset, editable, finish
 from onnxqt.numerics import Array, Grid, QParams, quantize
 from onnxqt.plan import IntegerNode, QuantPlan, WeightSite
 
 INT4_OPSET = 21  # the first whose QuantizeLinear knows INT4 and UINT4
 _BIAS_GRID = Grid(32, signed=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Surgery:
+    """A graph under change: its tensors by their name in the float model, and names for new ones."""
+
+    graph: gs.Graph
+    tensors: Mapping[str, gs.Tensor]
+    names: Names
 
 
 def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> onnx.ModelProto:
@@ -41,13 +51,14 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
             proto = convert_opset(proto, INT4_OPSET - 1)
     elif int4 and model.opset < INT4_OPSET:
         proto = convert_opset(proto, INT4_OPSET)
-    graph = gs.import_onnx(proto)
+    graph = editable(proto)
+    surgery = _Surgery(graph, graph.tensors(), Names(graph))
     for node in plan.integer_nodes:
-        _quantize_bias(graph, node, quantizers)
+        _quantize_bias(surgery, node, quantizers)
     for weight in plan.weights:
-        _quantize_weight(graph, weight, quantizers.weights[weight.tensor], int4)
+        _quantize_weight(surgery, weight, quantizers.weights[weight.tensor], int4)
     for site in plan.activations:
-        _quantize_activation(graph, site.tensor, quantizers.activations[site.tensor])
+        _quantize_activation(surgery, site.tensor, quantizers.activations[site.tensor])
     graph.cleanup().toposort()
     quantized = finish(graph)
     try:
@@ -64,25 +75,25 @@ def _becomes_integer_matmul(node: IntegerNode, quantizers: Quantizers) -> bool:
     return node.weight is None or quantizers.weights[node.weight.tensor].grid.bits > 4
 
 
-def _quantize_activation(graph: gs.Graph, name: str, params: QParams) -> None:
-    source = graph.tensors()[name]
-    result = gs.Variable(f"{name}.dequantized", np.float32, source.shape)
+def _quantize_activation(surgery: _Surgery, name: str, params: QParams) -> None:
+    graph, names, source = surgery.graph, surgery.names, surgery.tensors[name]
+    result = gs.Variable(names.new(f"{name}.dequantized"), np.float32, source.shape)
     _redirect(list(source.outputs), source, result)
     if any(source is output for output in graph.outputs):
         # The user's name belongs to what the user sees: the dequantized values.
         graph.outputs = [result if output is source else output for output in graph.outputs]
-        source.name, result.name = f"{name}.float", name
-    scale = gs.Constant(f"{name}.scale", np.asarray(params.scale, np.float32))
+        source.name, result.name = names.new(f"{name}.float"), name
+    scale = gs.Constant(names.new(f"{name}.scale"), np.asarray(params.scale, np.float32))
     kind = TensorProto.INT8 if params.grid.signed else TensorProto.UINT8
-    zero_point = _stored(f"{name}.zero_point", params.zero_point, kind)
-    wide = gs.Variable(f"{name}.codes")
+    zero_point = _stored(names.new(f"{name}.zero_point"), params.zero_point, kind)
+    wide = gs.Variable(names.new(f"{name}.codes"))
     graph.nodes.append(
         gs.Node("QuantizeLinear", f"{name}.quantize", inputs=[source, scale, zero_point], outputs=[wide])
     )
-    codes = wide if params.grid.bits == 8 else gs.Variable(f"{name}.clipped_codes")
+    codes = wide if params.grid.bits == 8 else gs.Variable(names.new(f"{name}.clipped_codes"))
     if codes is not wide:
         bounds = [
-            _stored(f"{name}.{bound}", np.array(value), kind)
+            _stored(names.new(f"{name}.{bound}"), np.array(value), kind)
             for bound, value in (("qmin", params.grid.qmin), ("qmax", params.grid.qmax))
         ]
         graph.nodes.append(gs.Node("Clip", f"{name}.clip", inputs=[wide, *bounds], outputs=[codes]))
@@ -91,38 +102,40 @@ def _quantize_activation(graph: gs.Graph, name: str, params: QParams) -> None:
     )
 
 
-def _quantize_weight(graph: gs.Graph, site: WeightSite, params: QParams, int4: bool) -> None:
-    weight = graph.tensors()[site.tensor]
+def _quantize_weight(surgery: _Surgery, site: WeightSite, params: QParams, int4: bool) -> None:
+    weight = surgery.tensors[site.tensor]
     readers = list(weight.outputs)
     kind = TensorProto.INT4 if int4 and params.grid.bits <= 4 else TensorProto.INT8
-    result = _dequantized(graph, site.tensor, quantize(weight.values, params), params, kind)
+    result = _dequantized(surgery, site.tensor, quantize(weight.values, params), params, kind)
     _redirect(readers, weight, result)
 
 
-def _quantize_bias(graph: gs.Graph, node: IntegerNode, quantizers: Quantizers) -> None:
+def _quantize_bias(surgery: _Surgery, node: IntegerNode, quantizers: Quantizers) -> None:
     """INT32 bias with scale `s_input * s_weight` and zero point 0; each user of a shared bias has its own."""
     if node.weight is None or node.bias is None:
         return
-    tensors = graph.tensors()
-    bias, weight = tensors[node.bias], tensors[node.weight.tensor]
+    bias, weight = surgery.tensors[node.bias], surgery.tensors[node.weight.tensor]
     names = {node.name, *node.followers}
     reader = next(n for n in bias.outputs if n.name in names)
-    channels = int(weight.shape[node.weight.axis]) * (node.groups if node.op_type == "ConvTranspose" else 1)
-    scale = bias_scale(quantizers.weights[node.weight.tensor], quantizers.activations[node.inputs[0]].scale, channels)
-    axis = 0 if scale.ndim else None
-    params = QParams(scale, np.zeros(scale.shape, np.int32), _BIAS_GRID, axis)
-    codes = quantize(np.broadcast_to(bias.values.reshape(-1), (channels,)), params)
-    _redirect([reader], bias, _dequantized(graph, f"{node.name}.bias", codes, params, TensorProto.INT32))
+    values = bias.values.reshape(-1)
+    if values.size == 1:  # a Gemm takes one value for all its channels
+        values = np.repeat(values, weight.shape[node.weight.axis])
+    input_scale = quantizers.activations[node.inputs[0]].scale
+    scale = bias_scale(quantizers.weights[node.weight.tensor], input_scale, values.size)
+    params = QParams(scale, np.zeros(scale.shape, np.int32), _BIAS_GRID, 0 if scale.ndim else None)
+    codes = quantize(values, params)
+    _redirect([reader], bias, _dequantized(surgery, f"{node.name}.bias", codes, params, TensorProto.INT32))
 
 
-def _dequantized(graph: gs.Graph, name: str, codes: Array, params: QParams, kind: int) -> gs.Variable:
+def _dequantized(surgery: _Surgery, name: str, codes: Array, params: QParams, kind: int) -> gs.Variable:
     """Add codes stored as element type `kind` with a DequantizeLinear; returns its output."""
-    scale = gs.Constant(f"{name}.scale", np.asarray(params.scale, np.float32))
-    stored = _stored(f"{name}.codes", codes, kind)
-    zero_point = _stored(f"{name}.zero_point", params.zero_point, kind)
-    result = gs.Variable(f"{name}.dequantized", np.float32, codes.shape)
+    names = surgery.names
+    scale = gs.Constant(names.new(f"{name}.scale"), np.asarray(params.scale, np.float32))
+    stored = _stored(names.new(f"{name}.codes"), codes, kind)
+    zero_point = _stored(names.new(f"{name}.zero_point"), params.zero_point, kind)
+    result = gs.Variable(names.new(f"{name}.dequantized"), np.float32, codes.shape)
     attributes = {} if params.axis is None else {"axis": params.axis}
-    graph.nodes.append(
+    surgery.graph.nodes.append(
         gs.Node(
             "DequantizeLinear",
             f"{name}.dequantize",

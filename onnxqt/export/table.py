@@ -4,6 +4,7 @@ Vendor tables are derived from it. The ends of a clip come from the grid, so tha
 same scale again: `min = (qmin - zp) s`, `max = (qmax - zp) s`, and plus and minus `qmax s` on symmetric grids.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,19 +57,19 @@ def _weight(model: Model, tensor: str, quantizers: Mapping[str, Quantizers]) -> 
 
 
 def _biases(model: Model, plan: QuantPlan, quantizers: Mapping[str, Quantizers]) -> list[Json]:
-    entries: dict[str, Json] = {}
+    entries = []
     for node in plan.integer_nodes:
         if node.weight is None or node.bias is None:
             continue
-        value = model.graph.constant(node.bias)
-        channels = 0 if value is None else value.size
+        size = math.prod(model.graph.initializers[node.bias].dims)
         views = {}
         for scheme, params in quantizers.items():
-            scale = bias_scale(params.weights[node.weight.tensor], params.activations[node.inputs[0]].scale, channels)
+            scale = bias_scale(params.weights[node.weight.tensor], params.activations[node.inputs[0]].scale, size)
             zero = np.zeros(scale.shape, np.int32)
             views[scheme] = _view(QParams(scale, zero, Grid(32, signed=True), 0 if scale.ndim else None))
-        entries.setdefault(node.bias, {**_constant_entry(node.bias, "bias", value, views), "node": node.name})
-    return list(entries.values())
+        entry = _constant_entry(node.bias, "bias", model.graph.constant(node.bias), views)
+        entries.append({**entry, "node": node.name})
+    return entries
 
 
 def _constant_entry(tensor: str, role: str, value: Array | None, views: Mapping[str, Json]) -> Json:

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqt.calibrate import RangeMethod, RangeTable, activation_params
 from onnxqt.errors import TrainingError
-from onnxqt.model import Model, finish
+from onnxqt.model import Model, editable, finish
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
 from onnxqt.schemes import Scheme
@@ -141,9 +141,11 @@ def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> None:
     for node in graph.nodes:
         if not any(tensor in moving for tensor in (*node.inputs, *node.captured)):
             continue
-        results = [tensor for tensor in node.outputs if tensor and graph.is_float(tensor)]
+        results = [
+            tensor for tensor in node.outputs if tensor and (graph.is_float(tensor) or not graph.is_typed(tensor))
+        ]
         if results:
-            check_differentiable(node)
+            check_differentiable(node, graph, moving)
             moving.update(results)
 
 
@@ -162,7 +164,7 @@ def training_graph(
     model: Model, plan: QuantPlan, targets: tuple[Target, ...], loss: LossName
 ) -> tuple[onnx.ModelProto, list[Rule]]:
     """The float model with its quantizers and loss, and the gradient rules that it needs."""
-    graph = gs.import_onnx(model.proto)
+    graph = editable(model.proto)
     insert(graph, plan)
     add_loss(graph, targets, loss)
     rules, wrappers = make_differentiable(graph)

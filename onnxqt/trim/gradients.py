@@ -6,6 +6,7 @@ constants, so an operator whose gradient depends on its attributes is wrapped in
 its own for each node.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqt.errors import TrainingError
-from onnxqt.model import Node
+from onnxqt.model import GraphIndex, Node
 from onnxqt.numerics import Array
 from onnxqt.ops import Attributes, Gradient, lookup
+from onnxqt.runtime import Session
 
 DOMAIN = "onnxqt"
 
@@ -47,39 +49,87 @@ def static_rules() -> list[Rule]:
     return [Rule(f"{DOMAIN}::{name}", (identity,)) for name in STRAIGHT_THROUGH]
 
 
-def check_differentiable(node: Node) -> None:
-    """Refuse a node through which no gradient passes.
+def check_differentiable(node: Node, graph: GraphIndex, moving: Collection[str]) -> None:
+    """Refuse a node through which no correct gradient passes.
+
+    Args:
+        node: a node that reads a trained value.
+        graph: the graph it stands in.
+        moving: the tensors that depend on a trained parameter.
 
     Raises:
         TrainingError: naming the node.
     """
-    if lookup(node.op_type, node.domain).gradient is Gradient.NONE:
+    reason = _obstacle(node, graph, moving)
+    if reason is not None:
         operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         raise TrainingError(
-            f"no gradient for operator {operator} (node '{node.name}'), which lies between a weight and the "
+            f"no gradient for operator {operator} (node '{node.name}'){reason}; it lies between a weight and the "
             "output: use 'onnxqt export' for quantization without training"
         )
 
 
-def make_differentiable(graph: gs.Graph) -> tuple[list[Rule], list[onnx.FunctionProto]]:
-    """Rewrite the nodes of a training graph whose built-in gradient crashes; forward values do not change.
+def _obstacle(node: Node, graph: GraphIndex, moving: Collection[str]) -> str | None:
+    """What keeps a gradient from passing: "" for the operator itself, else the case; None if nothing does."""
+    if lookup(node.op_type, node.domain).gradient is Gradient.NONE:
+        return ""
+    shapes = [graph.shape(tensor) for tensor in node.inputs]
+    if node.op_type == "Pad" and node.attributes.get("mode", b"constant") != b"constant":
+        return ", which repeats values"
+    if node.op_type == "Slice" and _steps_backwards(node, graph):
+        return ", which steps backwards"
+    if node.op_type == "MatMul" and any(shape is not None and len(shape) < 2 for shape in shapes):
+        return ", which multiplies by a vector"
+    if node.op_type == "Pow" and node.inputs[1] in moving:
+        return ", whose exponent is trained"
+    if node.op_type == "Where" and len(set(shapes)) > 1:
+        return ", which broadcasts"
+    return None
 
-    MaxPool gets its second output, without which its gradient kernel reads a null pointer. AveragePool
-    becomes a function with the rule of `_average_pool`.
+
+def _steps_backwards(node: Node, graph: GraphIndex) -> bool:
+    if len(node.inputs) < 5 or not node.inputs[4]:
+        return False
+    steps = graph.constant(node.inputs[4])
+    return steps is None or bool((steps < 0).any())
+
+
+def make_differentiable(graph: gs.Graph) -> tuple[list[Rule], list[onnx.FunctionProto]]:
+    """Rewrite the nodes of a training graph whose built-in gradient fails; forward values do not change.
+
+    * Conv: its gradient ignores `auto_pad`, so the pads are written out.
+    * MaxPool: its gradient needs the second output, and that in row-major order.
+    * Transpose: its gradient needs the permutation written out.
+    * AveragePool: its gradient crashes; it becomes a function with the rule of `_average_pool`.
     """
     rules: list[Rule] = []
     functions: list[onnx.FunctionProto] = []
     for node in graph.nodes:
-        if node.op == "MaxPool" and len(node.outputs) == 1:
+        if node.op == "Conv" and node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+            _write_pads(node)
+        elif node.op == "MaxPool" and len(node.outputs) == 1:
             node.outputs.append(gs.Variable(f"{node.outputs[0].name}.indices", np.int64))
-        if node.op == "AveragePool":
+            node.attrs.pop("storage_order", None)
+        elif node.op == "Transpose" and "perm" not in node.attrs:
+            node.attrs["perm"] = list(reversed(range(len(_known_shape(node, node.inputs[0])))))
+        elif node.op == "AveragePool":
             name = f"AveragePool_{len(rules)}"
-            rule, share = _average_pool(f"{DOMAIN}::{name}", node)
+            rule, share = _average_pool(f"{DOMAIN}::{name}", node, graph.opset)
             rules.append(rule)
             functions.append(_wrap(name, node, graph.opset))
             node.inputs.append(gs.Constant(f"{node.name}.share", share))
             node.op, node.domain, node.attrs = name, DOMAIN, {}
     return rules, functions
+
+
+def _write_pads(node: gs.Node) -> None:
+    """`auto_pad` as explicit pads."""
+    kernel = list(_known_shape(node, node.inputs[1]))[2:]
+    window = _Window.of(
+        {**node.attrs, "kernel_shape": kernel}, _spatial(node, node.inputs[0]), _spatial(node, node.outputs[0])
+    )
+    node.attrs.pop("auto_pad")
+    node.attrs["pads"] = [*window.begin, *window.end]
 
 
 def _wrap(name: str, node: gs.Node, opset: int) -> onnx.FunctionProto:
@@ -89,17 +139,19 @@ def _wrap(name: str, node: gs.Node, opset: int) -> onnx.FunctionProto:
     return onnx.helper.make_function(DOMAIN, name, ["x", "share"], ["y"], [body], imports)
 
 
-def _average_pool(key: str, node: gs.Node) -> tuple[Rule, Array]:
+def _average_pool(key: str, node: gs.Node, opset: int) -> tuple[Rule, Array]:
     """Each output gradient, divided by the number of values averaged, goes back to every value of its window.
 
     GI = ConvTranspose(GO * share, ones), on channels folded into the batch axis; share = 1 / count, returned
-    with the rule, is float32 (1, 1, *output sizes).
+    with the rule, is float32 (1, 1, *output sizes). What ONNX Runtime divides by where windows reach beyond the
+    input differs from the ONNX standard, so it is measured: the average of ones is (values inside) / count.
     """
     size, out = _spatial(node, node.inputs[0]), _spatial(node, node.outputs[0])
     window = _Window.of(node.attrs, size, out)
-    count = np.ones(())
+    inside = np.ones(())
     for axis in range(len(size)):
-        count = np.multiply.outer(count, window.valid(axis))
+        inside = np.multiply.outer(inside, window.inside(axis))
+    share = _average_of_ones(node, size, opset) / np.maximum(inside, 1)
     surplus = [
         (o - 1) * s + (k - 1) * d + 1 - p - n
         for o, s, k, d, p, n in zip(
@@ -130,7 +182,18 @@ def _average_pool(key: str, node: gs.Node) -> tuple[Rule, Array]:
             RuleNode("Reshape", ("spread", "x_shape"), ("GI(0)",)),
         ),
     )
-    return rule, (1.0 / count).reshape(1, 1, *out).astype(np.float32)
+    return rule, share.reshape(1, 1, *out).astype(np.float32)
+
+
+def _average_of_ones(node: gs.Node, size: list[int], opset: int) -> Array:
+    """What `node` makes of an input of ones, float32 (*output sizes)."""
+    pool = onnx.helper.make_node(node.op, ["x"], ["y"], **node.attrs)
+    value = onnx.helper.make_tensor_value_info
+    kind, shape = onnx.TensorProto.FLOAT, [1, 1, *size]
+    inner = onnx.helper.make_graph([pool], "ones", [value("x", kind, shape)], [value("y", kind, None)])
+    model = onnx.helper.make_model(inner, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    ones: Array = Session(model).run({"x": np.ones(shape, np.float32)})["y"][0, 0]
+    return ones
 
 
 def _constant(name: str, value: list[int] | float, kind: str) -> RuleNode:
@@ -138,18 +201,27 @@ def _constant(name: str, value: list[int] | float, kind: str) -> RuleNode:
 
 
 def _spatial(node: gs.Node, tensor: gs.Tensor) -> list[int]:
-    sizes = list(tensor.shape or [])[2:]
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+    sizes = _known_shape(node, tensor)[2:]
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) < len(sizes):
         raise TrainingError(
-            f"{node.op} '{node.name}' pools over sizes that are not known ({tensor.name}: {tensor.shape}): "
+            f"{node.op} '{node.name}' works on sizes that are not known ({tensor.name}: {tensor.shape}): "
             "export the model with fixed height and width"
         )
-    return sizes
+    return known
+
+
+def _known_shape(node: gs.Node, tensor: gs.Tensor) -> tuple[int | str, ...]:
+    if tensor.shape is None:
+        raise TrainingError(
+            f"{node.op} '{node.name}' works on a tensor of unknown rank ({tensor.name}): export the model with shapes"
+        )
+    return tuple(tensor.shape)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The geometry of a pooling operator."""
+    """The geometry of a sliding window."""
 
     kernel: list[int]
     strides: list[int]
@@ -158,7 +230,6 @@ class _Window:
     end: list[int]
     size: list[int]
     out: list[int]
-    include_pad: bool
 
     @classmethod
     def of(cls, attributes: Attributes, size: list[int], out: list[int]) -> "_Window":
@@ -167,15 +238,13 @@ class _Window:
         strides = list(attributes.get("strides", [1] * rank))
         dilations = list(attributes.get("dilations", [1] * rank))
         begin, end = _pads(attributes, size, out, (kernel, strides, dilations))
-        include_pad = bool(attributes.get("count_include_pad", 0))
-        return cls(kernel, strides, dilations, begin, end, size, out, include_pad)
+        return cls(kernel, strides, dilations, begin, end, size, out)
 
-    def valid(self, axis: int) -> Array:
-        """How many positions of the window count, for each output position along one axis."""
-        lo, hi = (-self.begin[axis], self.size[axis] + self.end[axis]) if self.include_pad else (0, self.size[axis])
+    def inside(self, axis: int) -> Array:
+        """How many positions of the window lie inside the input, for each output position along one axis."""
         starts = np.arange(self.out[axis]) * self.strides[axis] - self.begin[axis]
         taps = starts[:, None] + np.arange(self.kernel[axis]) * self.dilations[axis]
-        counts: Array = ((taps >= lo) & (taps < hi)).sum(axis=1).astype(np.float64)
+        counts: Array = ((taps >= 0) & (taps < self.size[axis])).sum(axis=1).astype(np.float64)
         return counts
 
 

@@ -158,13 +158,13 @@ def load_task(folder: Path) -> Task:
     schemes = tuple(parse_scheme(name) for name in job.schemes)
     activations = tuple(jobs.read_activations(folder, index) for index in range(len(schemes)))
     shapes = {site.tensor: tuple(model.graph.initializers[site.tensor].dims) for site in plan.weights}
-    power = _output_power(teacher, held, job)
+    power = _output_power(teacher, held, job, pad=fixed_batch(specs) is not None)
     return Task(job, model, plan, specs, teacher, schemes, activations, shapes, training, held, power)
 
 
-def _output_power(teacher: Session, held: Samples, job: jobs.Job) -> dict[str, float]:
+def _output_power(teacher: Session, held: Samples, job: jobs.Job, pad: bool) -> dict[str, float]:
     """Variance of each output over the held-out samples."""
-    outputs = [teacher.run(batch.inputs) for batch in held.batches(job.batch_size)]
+    outputs = [teacher.run(batch.inputs) for batch in held.batches(job.batch_size, pad)]
     return {
         target.output: max(float(np.var(np.concatenate([out[target.output] for out in outputs]))), 1e-12)
         for target in job.targets

@@ -1,0 +1,114 @@
+"""Who may import what, read from the source: ARCHITECTURE.md's invariants."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "onnxqt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Each part imports only from parts before its own; the parts of one line do not know each other.
+ORDER = (
+    {"errors"},
+    {"numerics"},
+    {"schemes"},
+    {"files", "runtime", "data", "ops", "metrics"},
+    {"model"},
+    {"plan"},
+    {"calibrate"},
+    {"trim"},
+    {"export"},
+    {"emulate"},
+    {"verify"},
+    {"evaluate"},
+    {"report"},
+    {"pipeline"},
+    {"cli"},
+)
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+ALONE = {"emulate": {"errors", "numerics", "runtime"}}  # judges files, not the code that wrote them
+
+NOWHERE = frozenset[str]()
+FOREIGN = {
+    "click": {"cli.py"},
+    "rich": {"cli.py"},
+    "onnxruntime": {"runtime.py", "trim/worker.py", "emulate/graph.py"},
+    "torch": NOWHERE,
+    **dict.fromkeys(("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), NOWHERE),
+}
+CALLS = {
+    "print": {"cli.py"},
+    "input": NOWHERE,
+    "exit": {"cli.py", "trim/worker.py"},  # the worker is a program of its own
+    "quit": NOWHERE,
+    "eval": NOWHERE,
+    "exec": NOWHERE,
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(path: Path) -> str:
+    """`model` for model.py, `trim` for everything in trim/, empty for the package's own __init__."""
+    name = relative(path).split("/")[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+def modules(path: Path) -> Iterator[str]:
+    """Full names of the modules, or of the names in them, that a file imports anywhere."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}:{node.lineno} is a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_parts(path: Path) -> set[str]:
+    """The parts of this package that a file imports."""
+    names = (name.split(".") for name in modules(path))
+    return {name[1] for name in names if name[0] == "onnxqt" and name[1] != "__version__"}
+
+
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_go_one_way(path: Path) -> None:
+    part = part_of(path)
+    if not part:
+        return
+    assert part in RANK, f"give '{part}' its place in ORDER and in ARCHITECTURE.md"
+    for imported in own_parts(path) - {part}:
+        assert RANK[imported] < RANK[part], f"{part} must not import {imported}"
+    assert own_parts(path) - {part} <= ALONE.get(part, set(RANK))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_foreign_packages_stay_where_they_belong(path: Path) -> None:
+    for name in modules(path):
+        allowed = FOREIGN.get(name.split(".")[0])
+        assert allowed is None or relative(path) in allowed, f"{relative(path)} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_only_the_command_line_prints_and_exits_and_nothing_unpickles(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        builtin = isinstance(node.func, ast.Name)
+        module = node.func.value if isinstance(node.func, ast.Attribute) else None
+        of_sys = isinstance(module, ast.Name) and module.id == "sys"
+        if builtin or of_sys:
+            assert relative(path) in CALLS.get(called(node), {relative(path)}), f"line {node.lineno}"
+        pickles = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in pickles)
+
+
+def test_every_part_that_is_placed_exists() -> None:
+    assert {part_of(path) for path in FILES} - {""} == set(RANK)

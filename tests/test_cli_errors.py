@@ -1,0 +1,274 @@
+"""How the command line fails: one line, the right exit code, no files."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+from conftest import Digits, Run, files, invoke
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqt.schemes import parse_scheme
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a failing command is prepared: a fixture, and an empty folder for broken files."""
+
+    digits: Digits
+    folder: Path
+
+    @property
+    def image(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Four samples."""
+        return self.digits.inputs["image"][:4]
+
+    def data(self, **arrays: Any) -> Path:
+        """A folder with one file of these arrays."""
+        folder = self.folder / "data"
+        folder.mkdir()
+        np.savez(folder / "0.npz", **arrays)
+        return folder
+
+    def file(self, content: bytes) -> Path:
+        path = self.folder / "broken.onnx"
+        path.write_bytes(content)
+        return path
+
+
+Arguments = list[object]
+Prepare = Callable[[Place], Arguments]
+
+
+def with_model(prepare: Callable[[Place], Path]) -> Prepare:
+    return lambda place: [prepare(place), "--data", place.digits.calib]
+
+
+def with_data(prepare: Callable[[Place], Path]) -> Prepare:
+    return lambda place: [place.digits.file, "--data", prepare(place)]
+
+
+def with_options(*options: object) -> Prepare:
+    return lambda place: [place.digits.file, "--data", place.digits.calib, *options]
+
+
+def json_model(place: Place) -> Path:
+    path = place.folder / "broken.json"
+    path.write_text("{}")
+    return path
+
+
+def truncated(place: Place) -> Path:
+    return place.file(place.digits.file.read_bytes()[:20_000])
+
+
+def without_external_data(place: Place) -> Path:
+    model = onnx.load(place.digits.file)
+    path = place.folder / "external.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (place.folder / "weights.bin").unlink()
+    return path
+
+
+def without_gradient(place: Place) -> Path:
+    weight = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "w")
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["a"], name="conv"),
+        helper.make_node("HardSwish", ["a"], ["y"], name="swish"),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 6, 6])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [image], [y], [weight]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+    return place.file(model.SerializeToString())
+
+
+def quantized(place: Place) -> Path:
+    return place.file(place.digits.quantized(parse_scheme("w8a8-sym-pc")).SerializeToString())
+
+
+def damaged(place: Place) -> Path:
+    folder = place.data(image=place.image)
+    path = folder / "0.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    return folder
+
+
+def labelled(labels: list[int]) -> Prepare:
+    return with_data(lambda place: place.data(image=place.image, labels=np.array(labels)))
+
+
+FAILURES: dict[str, tuple[Prepare, str]] = {
+    "no-model": (with_model(lambda place: place.folder / "nothing.onnx"), r"nothing\.onnx' is not a file: give"),
+    "model-is-a-folder": (with_model(lambda place: place.folder), r"' is not a file: give"),
+    "model-is-empty": (with_model(lambda place: place.file(b"")), r"broken\.onnx' is not an ONNX model"),
+    "model-is-text": (
+        with_model(lambda place: place.file(b"import torch\n")),
+        r"broken\.onnx' is not .*export it again",
+    ),
+    "model-is-truncated": (with_model(truncated), r"broken\.onnx' is not .*truncated: export it again"),
+    "model-is-json": (with_model(json_model), r"broken\.json' is not an ONNX model"),
+    "model-is-quantized": (with_model(quantized), r"broken\.onnx.*quantized"),
+    "no-external-data": (with_model(without_external_data), r"external\.onnx.*weights\.bin"),
+    "no-gradient": (
+        with_model(without_gradient),
+        r"no gradient for operator HardSwish \(node 'swish'\).*onnxqt export",
+    ),
+    "no-data": (with_data(lambda place: place.folder / "nothing"), "nothing does not exist; pass a directory"),
+    "empty-data": (with_data(lambda place: place.folder), r"has no \.npz or \.npy file .* save some"),
+    "data-is-a-model": (with_data(lambda place: place.digits.file), r"model\.onnx is neither .* pass"),
+    "wrong-name": (with_data(lambda place: place.data(picture=place.image)), r"0\.npz.*'picture'.*'image'"),
+    "wrong-shape": (with_data(lambda place: place.data(image=place.image[:, 0])), r"0\.npz.*'image'.*shape"),
+    "wrong-size": (with_data(lambda place: place.data(image=place.image[..., :7])), r"0\.npz.*'image'.*7"),
+    "wrong-dtype": (with_data(lambda place: place.data(image=place.image.astype(np.int32))), r"0\.npz.*'image'.*int32"),
+    "nan": (with_data(lambda place: place.data(image=np.full((80, 1, 8, 8), np.nan, np.float32))), r"0\.npz.*NaN"),
+    "damaged-data": (with_data(damaged), r"0\.npz"),
+    "few-samples": (with_data(lambda place: place.data(image=place.image)), r"data.* samples .*needs 64.*--batch-size"),
+    "label-too-large": (labelled([0, 1, 2, 10]), r"0\.npz.*label of sample 3 .*is 10.*10 classes"),
+    "label-negative": (labelled([0, -1, 2, 3]), r"0\.npz.*label of sample 1 .*is -1"),
+    "labels-missing": (with_options("--loss", "cross-entropy"), "labels"),
+    "label-of-the-evaluation": (
+        lambda place: [
+            *(place.digits.file, "--data", place.digits.calib),
+            *("--eval", place.data(image=place.image, labels=np.array([0, 1, 2, 10]))),
+        ],
+        r"0\.npz.*label of sample 3 .*is 10",
+    ),
+    "bad-evaluation": (
+        lambda place: [place.digits.file, "--data", place.digits.calib, "--eval", place.folder / "nothing"],
+        "nothing does not exist",
+    ),
+}
+
+
+def check_failure(result: Result, exit_code: int, message: str, out: Path) -> None:
+    __tracebackhide__ = True
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "Traceback" not in line
+    pytest.raises(ValueError, raise_error, line).match(message)
+    assert not files(out)
+
+
+def raise_error(message: str) -> None:
+    raise ValueError(message)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_is_one_line_that_says_what_to_do(name: str, torch_digits: Digits, tmp_path: Path) -> None:
+    place = Place(torch_digits, tmp_path / "in")
+    place.folder.mkdir()
+    prepare, message = FAILURES[name]
+    out = tmp_path / "out"
+    result = invoke("trim", *prepare(place), "--out", out, "--steps", 1, "--scheme", "w8a8-sym-pc")
+    check_failure(result, 1, message, out)
+
+
+def test_process_ends_with_the_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from onnxqt.cli import main; main()", "inspect", str(tmp_path / "no.onnx")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == f"Error: '{tmp_path / 'no.onnx'}' is not a file: give the path of an ONNX model\n"
+
+
+@pytest.mark.parametrize("command", ["trim", "calibrate", "export"])
+def test_output_below_a_file_cannot_be_written(command: str, torch_digits: Digits, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "run"
+    result = invoke(command, torch_digits.file, "--data", torch_digits.calib, "--out", out)
+    check_failure(result, 1, r"cannot write into .*file.run' \(.*\): choose another --out", out)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", ["calibrate", "export"])
+def test_models_that_cannot_be_trained_can_be_quantized(command: str, torch_digits: Digits, tmp_path: Path) -> None:
+    model = without_gradient(Place(torch_digits, tmp_path))
+    result = invoke(command, model, "--data", torch_digits.calib, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+
+
+BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
+    "unknown-scheme": (["--scheme", "w9a8-sym-pc"], "unknown scheme 'w9a8-sym-pc': expected w.*such as w4a8-sym-pc"),
+    "negative-steps": (["--steps", -1], "--steps is -1: give a number of at least 0"),
+    "no-batch": (["--batch-size", 0], "--batch-size is 0: give a number of at least 1"),
+    "negative-seed": (["--seed", -1], "--seed is -1: give a number of at least 0"),
+    "no-learning-rate": (["--lr", 0], "--lr is 0: give a number between 0 and 1"),
+    "negative-learning-rate": (["--lr", -0.1], "--lr is -0.1: give"),
+    "learning-rate-of-1": (["--lr", 1], "--lr is 1: give"),
+    "learning-rate-nan": (["--lr", "nan"], "--lr is nan: give"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_option_ends_with_2(name: str, torch_digits: Digits, tmp_path: Path) -> None:
+    options, message = BAD_OPTIONS[name]
+    out = tmp_path / "out"
+    result = invoke("trim", torch_digits.file, "--data", torch_digits.calib, "--out", out, *options)
+    check_failure(result, 2, message, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trim", "model.onnx"], "Missing option '--data'"),
+        (["trim", "model.onnx", "--data", "calib", "--speed", "3"], "No such option '--speed'"),
+        (["trim", "model.onnx", "--data", "calib", "--steps", "many"], "'many' is not a valid integer"),
+        (["export", "model.onnx", "--data", "calib", "--ranges", "best"], "'best' is not one of 'minmax'"),
+        (["inspect"], "Missing argument 'MODEL'"),
+        (["quantize"], "No such command 'quantize'"),
+    ],
+    ids=["no-data", "unknown-option", "not-a-number", "unknown-choice", "no-model", "unknown-command"],
+)
+def test_usage_error_ends_with_2(arguments: list[object], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    *usage, error = result.stderr.splitlines()
+    assert error.startswith("Error: ")
+    assert message in error
+    assert "Traceback" not in result.stderr
+    assert usage[0].startswith("Usage: ")
+
+
+EMULATE_FAILURES: dict[str, tuple[Callable[[Run, Path], Arguments], str]] = {
+    "no-file": (lambda run, folder: [folder / "no.onnx", "--data", run.evaluation], r"no\.onnx"),
+    "not-a-model": (lambda run, folder: [run.folder / "table.json", "--data", run.evaluation], r"table\.json.*ONNX"),
+    "no-data": (lambda run, folder: [run.scheme_file("w8a8-sym-pc"), "--data", folder], r"has no \.npz"),
+    "no-reference": (
+        lambda run, folder: [
+            *(run.scheme_file("w8a8-sym-pc"), "--data", run.evaluation, "--reference", folder / "no.onnx")
+        ],
+        r"no\.onnx",
+    ),
+    "other-reference": (
+        lambda run, folder: [
+            *(run.scheme_file("w8a8-sym-pc"), "--data", run.evaluation, "--reference", renamed_output(run, folder))
+        ],
+        r"other\.onnx.*logits",
+    ),
+}
+
+
+def renamed_output(run: Run, folder: Path) -> Path:
+    model = onnx.load(run.digits.file)
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "scores"
+    path = folder / "other.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("name", EMULATE_FAILURES)
+def test_emulate_fails_with_one_line(name: str, short_run: Run, tmp_path: Path) -> None:
+    prepare, message = EMULATE_FAILURES[name]
+    check_failure(invoke("emulate", *prepare(short_run, tmp_path)), 1, message, tmp_path / "out")
