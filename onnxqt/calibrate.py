@@ -207,11 +207,10 @@ def weight_params(plan: QuantPlan, values: Mapping[str, Array], scheme: Scheme) 
     """Symmetric parameters of every quantized weight; `values` are the weights by tensor."""
     params = {}
     for site in plan.weights:
-        per_channel = scheme.per_channel and not site.batched
-        clip = weight_clip(values[site.tensor], site.axis, scheme.weight_grid, per_channel)
+        clip = weight_clip(values[site.tensor], site.axis, scheme.weight_grid, scheme.per_channel)
         scale = np.maximum(clip / np.float32(scheme.weight_grid.qmax), _MIN_SCALE).astype(np.float32)
         zero = np.zeros(scale.shape, np.int32)
-        params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if per_channel else None)
+        params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if scheme.per_channel else None)
     return params
 
 

@@ -41,8 +41,7 @@ class WeightSite:
     Attributes:
         tensor: its name.
         axis: of its output channels.
-        batched: a stack of matrices, always per tensor: ONNX Runtime 1.19 fuses MatMul with such a weight into
-            kernels that fail on scales per channel.
+        batched: a stack of matrices, for MatMul.
     """
 
     tensor: str

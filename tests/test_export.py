@@ -11,6 +11,7 @@ import pytest
 from helpers import Prepared, batch_norm, build, inputs_of, normal, operators, prepare, run, snr_db
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
+from onnxqt.emulate import load_program
 from onnxqt.numerics import Array
 
 # 8 bits over a range of 2 x 4 sigma leave 20 log10(sigma / (8 sigma / 255 / sqrt(12))) = 41 dB per tensor. Up to six
@@ -309,3 +310,18 @@ def test_a_shared_bias_has_a_grid_at_each_of_its_users() -> None:
     inputs = inputs_of(original)
     for name, value in run(original, inputs).items():
         assert snr_db(run(net.quantized("w8a8-sym-pc"), inputs)[name], value) > LEAST_SNR
+
+
+def test_a_stack_of_matrices_has_one_scale_per_output_channel() -> None:
+    """Also in the emulator, which reads the stack through the Reshape behind it."""
+    net = prepared("batched-matmul")
+    model = net.quantized("w8a8-asym-pc")
+    (node,) = net.plan.integer_nodes
+    assert node.weight is not None
+    dims = net.model.graph.initializers[node.weight.tensor].dims
+    dequantize = producer(model, f"{node.weight.tensor}.dequantized")
+    scale = numpy_helper.to_array(constants(model)[dequantize.input[1]])
+    assert (len(dims), scale.shape, dequantize.attribute[0].i) == (3, (dims[-1],), 1)
+    assert len(set(scale.tolist())) == dims[-1]
+    emulated = load_program(model).integer_nodes
+    assert [(info.name, info.op_type) for info in emulated] == [(node.name, "MatMul")]

@@ -101,6 +101,8 @@ def _fold(graph: Graph, node: NodeProto) -> None:
         codes = numerics.quantize(array(graph, node.input[0]), params)
         graph.constants[node.output[0]] = numpy_helper.from_array(codes, node.output[0])
         graph.grids[node.output[0]] = params.grid
+    elif node.op_type == "Reshape" and (stacked := _restacked(graph, node)):
+        graph.tensors[node.output[0]] = stacked
     elif node.op_type == "Constant" and node.attribute[0].name == "value":
         tensor = TensorProto()
         tensor.CopyFrom(node.attribute[0].t)
@@ -112,6 +114,22 @@ def _fold(graph: Graph, node: NodeProto) -> None:
         values = zip(results, execute(step, {}), strict=True)
         graph.constants.update((name, numpy_helper.from_array(value, name)) for name, value in values)
     graph.done.add(node.output[0])
+
+
+def _restacked(graph: Graph, node: NodeProto) -> Tensor | None:
+    """Constant codes in another shape; None where that would spread a channel of its own scale over several."""
+    tensor = graph.tensors.get(node.input[0])
+    if tensor is None:
+        return None
+    codes = array(graph, tensor.codes)
+    allow_zero = bool(attributes_of(node).get("allowzero", 0))
+    reshaped = kernels.reshape(codes, array(graph, node.input[1]), allow_zero)
+    axis = tensor.params.axis
+    if axis is not None and (axis != codes.ndim - 1 or reshaped.shape[-1:] != codes.shape[-1:]):
+        return None
+    name = f"{node.output[0]}/codes"
+    graph.constants[name] = numpy_helper.from_array(reshaped, name)
+    return Tensor(name, replace(tensor.params, axis=None if axis is None else reshaped.ndim - 1))
 
 
 # One step per node

@@ -9,7 +9,7 @@ moves INT4 codes into operators that do not take them. The 8-bit form means the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -106,8 +106,26 @@ def _quantize_weight(surgery: _Surgery, site: WeightSite, params: QParams, int4:
     weight = surgery.tensors[site.tensor]
     readers = list(weight.outputs)
     kind = TensorProto.INT4 if int4 and params.grid.bits <= 4 else TensorProto.INT8
-    result = _dequantized(surgery, site.tensor, quantize(weight.values, params), params, kind)
-    _redirect(readers, weight, result)
+    codes = quantize(weight.values, params)
+    if site.batched and params.axis is not None:
+        rows = replace(params, axis=1)
+        matrix = _dequantized(surgery, site.tensor, codes.reshape(-1, codes.shape[-1]), rows, kind)
+        _redirect(readers, weight, _stacked(surgery, site.tensor, matrix, codes.shape))
+    else:
+        _redirect(readers, weight, _dequantized(surgery, site.tensor, codes, params, kind))
+
+
+def _stacked(surgery: _Surgery, name: str, matrix: gs.Variable, shape: tuple[int, ...]) -> gs.Variable:
+    """A stack of matrices from one matrix of all their rows.
+
+    Per channel, a stack is stored as that matrix: ONNX Runtime 1.19 fuses a MatMul right behind the
+    DequantizeLinear of a stack into kernels that fail on scales per channel.
+    """
+    names = surgery.names
+    target = gs.Constant(names.new(f"{name}.shape"), np.array(shape, np.int64))
+    stack = gs.Variable(names.new(f"{name}.stack"), np.float32, shape)
+    surgery.graph.nodes.append(gs.Node("Reshape", f"{name}.reshape", inputs=[matrix, target], outputs=[stack]))
+    return stack
 
 
 def _quantize_bias(surgery: _Surgery, node: IntegerNode, quantizers: Quantizers) -> None:
