@@ -182,6 +182,7 @@ def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
         changes += normalise(graph)
     graph.cleanup().toposort()
     normalised = finish(graph)
+    normalised.metadata_props.extend(proto.metadata_props)
     try:
         onnx.checker.check_model(normalised)
     except onnx.checker.ValidationError as error:

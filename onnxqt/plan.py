@@ -128,6 +128,8 @@ def make_plan(model: Model) -> QuantPlan:
 def _candidate(graph: GraphIndex, node: Node) -> IntegerNode | str:
     """The integer form of a node, or the reason why it has none."""
     kind = lookup(node.op_type, node.domain).kind
+    if kind is Kind.FLOAT and not any(graph.is_float(t) or not graph.is_typed(t) for t in node.outputs if t):
+        return "computes shapes or indices"
     if kind is Kind.FLOAT:
         return "no integer form" if not node.domain else f"operator of the domain '{node.domain}'"
     if kind is Kind.WEIGHTED:

@@ -419,3 +419,12 @@ def test_graph_index_knows_producers_readers_and_types() -> None:
     assert not graph.is_float("t")
     assert graph.constant("c") is None
     np.testing.assert_array_equal(graph.constant("zero"), np.float32(0))
+
+
+def test_metadata_of_the_model_is_kept(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (float[n,2] x) => (float[n,2] y) { y = Relu(x) }'
+    )
+    onnx.helper.set_model_props(model, {"labels": "cat,dog"})
+    onnx.save(model, tmp_path / "model.onnx")
+    assert [(p.key, p.value) for p in ingest(tmp_path / "model.onnx").proto.metadata_props] == [("labels", "cat,dog")]

@@ -14,7 +14,16 @@ from onnxqt.plan import ActivationSite, IntegerNode, QuantPlan, WeightSite
 from onnxqt.runtime import MAX_IR_VERSION, Session
 from onnxqt.schemes import Scheme, parse_scheme
 from onnxqt.trim import finish_training
-from onnxqt.trim.quantizers import BLEND, feeds, functions, insert, prune_feeds, prune_input, quantizer_inputs
+from onnxqt.trim.quantizers import (
+    BLEND,
+    QUANTIZED,
+    feeds,
+    functions,
+    insert,
+    prune_feeds,
+    prune_input,
+    quantizer_inputs,
+)
 
 GRIDS = {
     "int8": Grid(8, signed=True),
@@ -156,7 +165,7 @@ def run_training_model(digits: Digits, model: Model, quantizers: Quantizers, ble
     untouched = prune_feeds(digits.plan, shapes, {name: np.asarray(np.inf, np.float32) for name in shapes})
     session = Session(training_model(model, digits.plan), optimize=False)
     outputs = session.run({**digits.inputs, **fed, **untouched, BLEND: np.array(blend, np.float32)})
-    return {name.removesuffix(".quantized"): value for name, value in outputs.items()}
+    return {name.removeprefix(QUANTIZED): value for name, value in outputs.items()}
 
 
 def test_training_graph_without_blend_is_the_float_model(digits: Digits) -> None:

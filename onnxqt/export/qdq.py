@@ -61,6 +61,7 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
         _quantize_activation(surgery, site.tensor, quantizers.activations[site.tensor])
     graph.cleanup().toposort()
     quantized = finish(graph)
+    quantized.metadata_props.extend(model.proto.metadata_props)
     try:
         onnx.checker.check_model(quantized)
     except onnx.checker.ValidationError as error:

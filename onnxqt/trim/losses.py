@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqt.model import Model
 from onnxqt.numerics import Array
+from onnxqt.trim.quantizers import QUANTIZED
 
 LossName = Literal["distill", "cross-entropy"]
 LOSS = "onnxqt.loss"
@@ -67,7 +68,7 @@ def _kind(model: Model, output: str) -> Literal["scores", "probabilities", "valu
 
 
 def add_loss(graph: gs.Graph, targets: tuple[Target, ...], loss: LossName) -> None:
-    """Replace the outputs of a training graph by the scalar loss, in place; outputs keep the plan's order."""
+    """Replace the outputs of a training graph by the scalar loss, in place; whose name is `LOSS`."""
     outputs = {target.output: tensor for target, tensor in zip(targets, _matching(graph, targets), strict=True)}
     terms = []
     for target in targets:
@@ -85,8 +86,8 @@ def add_loss(graph: gs.Graph, targets: tuple[Target, ...], loss: LossName) -> No
 
 
 def _matching(graph: gs.Graph, targets: tuple[Target, ...]) -> list[gs.Tensor]:
-    """The graph's output tensors of the targets; a quantized output carries the suffix of its quantizer."""
-    by_name = {tensor.name.removesuffix(".quantized"): tensor for tensor in graph.outputs}
+    """The graph's output tensors of the targets; a quantized output carries the prefix of its quantizer."""
+    by_name = {tensor.name.removeprefix(QUANTIZED): tensor for tensor in graph.outputs}
     return [by_name[target.output] for target in targets]
 
 

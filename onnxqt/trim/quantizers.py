@@ -18,6 +18,7 @@ from onnxqt.plan import QuantPlan
 from onnxqt.trim.gradients import DOMAIN
 
 BLEND = "onnxqt.lambda"
+QUANTIZED = "onnxqt.quantized:"  # prefix of a quantized tensor's name
 
 
 class QuantizerInputs(NamedTuple):
@@ -89,10 +90,12 @@ def insert(graph: gs.Graph, plan: QuantPlan) -> None:
             prune_input(site.tensor), np.float32, along_axis_shape(channels, site.axis, len(weight.shape))
         )
         graph.inputs.append(tau)
-        pruned = gs.Variable(f"{site.tensor}.pruned", np.float32, weight.shape)
+        pruned = gs.Variable(f"onnxqt.pruned:{site.tensor}", np.float32, weight.shape)
         readers = list(weight.outputs)
         graph.nodes.append(
-            gs.Node("ReversePrune", f"{site.tensor}.prune", domain=DOMAIN, inputs=[weight, tau], outputs=[pruned])
+            gs.Node(
+                "ReversePrune", f"onnxqt.prune:{site.tensor}", domain=DOMAIN, inputs=[weight, tau], outputs=[pruned]
+            )
         )
         quantized = _quantizer(graph, pruned, site.tensor, [channels], site.axis)
         _redirect(readers, weight, quantized)
@@ -115,12 +118,12 @@ def _quantizer(graph: gs.Graph, x: gs.Variable, name: str, scale_shape: list[int
         gs.Variable(names.qmax, np.int8, []),
     ]
     graph.inputs.extend(settings)
-    y = gs.Variable(f"{name}.quantized", np.float32, x.shape)
+    y = gs.Variable(f"{QUANTIZED}{name}", np.float32, x.shape)
     blend = next(tensor for tensor in graph.inputs if tensor.name == BLEND)
     graph.nodes.append(
         gs.Node(
             "ProgressiveQDQ",
-            f"{name}.quantizer",
+            f"onnxqt.quantizer:{name}",
             {"axis": axis},
             inputs=[x, *settings, blend],
             outputs=[y],
