@@ -356,8 +356,7 @@ def test_bias_scales_of_a_grouped_convtranspose_repeat_for_each_group() -> None:
     assert bias_scale(per_tensor, half, 6).shape == ()
 
 
-def test_a_stack_of_matrices_has_one_scale() -> None:
-    """ONNX Runtime's kernels take no scales per channel for it."""
+def test_a_stack_of_matrices_has_one_scale_per_output_channel() -> None:
     text = "(float[n,2,5,4] x) => (float[] y) { y = MatMul(x, w) }"
     found, _ = quantizers_of(text, "w8a8-sym-pc", {"w": normal(2, 4, 3)})
-    assert (found.weights["w"].scale.shape, found.weights["w"].axis) == ((), None)
+    assert (found.weights["w"].scale.shape, found.weights["w"].axis) == ((3,), 2)
