@@ -23,6 +23,7 @@ from onnxqt.runtime import Session
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme
 from onnxqt.trim import DEFAULT_LEARNING_RATE, HELD_FRACTION, HELD_LIMIT, Trimmed, TrimSettings, check_trainable
 from onnxqt.trim import trim as fine_tune
+from onnxqt.trim.job import SAMPLES
 from onnxqt.trim.losses import LossName
 from onnxqt.verify import Verdict, verify
 
@@ -354,7 +355,7 @@ def _on_disk(data: Data, folder: Path) -> Path:
     """Where the training process finds the samples; arrays in memory are written into its folder."""
     if isinstance(data, str | Path):
         return Path(data)
-    path = folder / "samples.npz"
+    path = folder / SAMPLES
     np.savez(path, **{name: np.asarray(array) for name, array in data.items()})  # type: ignore[arg-type]
     return path
 

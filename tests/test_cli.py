@@ -56,6 +56,8 @@ def test_trim_writes_its_files_and_nothing_temporary(short_run: Run) -> None:
     outside_training = {name for name in files(short_run.folder) if not name.startswith("training")}
     schemes = {f"schemes/{name}.onnx" for name in RUN_SCHEMES}
     assert outside_training == {"checkpoint.onnx", "table.json", "report.json"} | schemes
+    kept = {path.name for path in (short_run.folder / "training").iterdir()}
+    assert kept - {"best.onnx"} == {"job.json", "last.onnx", "worker.log"}
     assert not [name for name in files(short_run.folder) if "tmp" in name]
 
 

@@ -124,7 +124,9 @@ def trim(
     for report in _reports(folder):
         history.append(report)
         progress(report)
-    return _outcome(model, settings.schemes, folder, history)
+    trimmed = _outcome(model, settings.schemes, folder, history)
+    jobs.tidy(folder)
+    return trimmed
 
 
 def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> None:

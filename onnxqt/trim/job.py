@@ -16,7 +16,9 @@ GRAPH = "graph.onnx"
 BEST = "best.onnx"
 LAST = "last.onnx"
 LOG = "worker.log"
+SAMPLES = "samples.npz"
 _JOB = "job.json"
+_ARTIFACTS = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint")  # of the trainer
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ def _rule_node(plain: dict[str, object]) -> RuleNode:
     node = RuleNode(**plain)  # type: ignore[arg-type]  # written by `write`
     attributes = {name: (value, kind, tensor) for name, (value, kind, tensor) in node.attributes.items()}
     return RuleNode(node.op_type, tuple(node.inputs), tuple(node.outputs), attributes)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what only the training process needed; the checkpoints, the settings and the log stay."""
+    needless = [folder / name for name in (START, GRAPH, SAMPLES, *_ARTIFACTS)]
+    for path in (*needless, *folder.glob("activations_*.npz")):
+        path.unlink(missing_ok=True)
 
 
 def write_activations(folder: Path, index: int, params: Mapping[str, QParams]) -> None:
