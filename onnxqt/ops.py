@@ -60,6 +60,7 @@ OPS: Mapping[str, Op] = {
     "Relu": Op(Kind.CLAMP, Gradient.NATIVE),
     "Clip": Op(Kind.CLAMP, Gradient.NATIVE),
     **{name: Op(Kind.FLOAT, Gradient.NATIVE) for name in _NATIVE_FLOAT},
+    **{name: Op(Kind.FLOAT, Gradient.RULE) for name in ("HardSwish", "HardSigmoid", "LayerNormalization")},
 }
 
 _UNKNOWN = Op()

@@ -124,6 +124,14 @@ def around_clip(*shape: int) -> Array:
     return (rng.choice([-1.5, -0.5, 0.5, 1.5], shape) + rng.uniform(-0.25, 0.25, shape)).astype(np.float32)
 
 
+def around_bends(*shape: int) -> Array:
+    """Below, between and above the bends of HardSwish and HardSigmoid, at 2.5 and 3."""
+    rng = random(f"bends {shape}")
+    low, high = np.array([-4, -2, 0.3, 3.5]), np.array([-3.5, -0.3, 2, 4])
+    part = rng.integers(4, size=shape)
+    return rng.uniform(low[part], high[part]).astype(np.float32)
+
+
 def distinct(*shape: int) -> Array:
     """Multiples of 3 h in random order: no step of h changes which value of a window is the largest."""
     order = random(f"distinct {shape}").permutation(int(np.prod(shape))).reshape(shape)
@@ -205,7 +213,17 @@ def elementwise() -> dict[str, Case]:
         "Softmax-inner-axis": Case("Softmax", (signed(2, 3, 4),), {"axis": 1}),
         "LogSoftmax": Case("LogSoftmax", (signed(3, 5),), {"axis": -1}),
         "LogSoftmax-inner-axis": Case("LogSoftmax", (signed(2, 3, 4),), {"axis": 1}),
+        "HardSwish": Case("HardSwish", (around_bends(4, 6),)),
+        "HardSigmoid-default": Case("HardSigmoid", (around_bends(4, 6),)),
+        "HardSigmoid-mobilenet": Case("HardSigmoid", (around_bends(4, 6),), {"alpha": 1 / 6, "beta": 0.5}),
+        "LayerNormalization-last": normalization(signed(3, 5), -1),
+        "LayerNormalization-two": normalization(signed(2, 3, 4), 1),
     }
+
+
+def normalization(x: Array, axis: int) -> Case:
+    scale, shift = above_one(*x.shape[axis:]), signed(*x.shape[axis:])
+    return Case("LayerNormalization", (x, scale, shift), {"axis": axis, "epsilon": 1e-3})
 
 
 def reductions() -> dict[str, Case]:

@@ -46,7 +46,43 @@ class Rule:
 def static_rules() -> list[Rule]:
     """The rules that no attribute changes."""
     identity = RuleNode("Identity", ("GO(0)",), ("GI(0)",))
-    return [Rule(f"{DOMAIN}::{name}", (identity,)) for name in STRAIGHT_THROUGH]
+    return [*(Rule(f"{DOMAIN}::{name}", (identity,)) for name in STRAIGHT_THROUGH), _hard_swish()]
+
+
+def _hard_swish() -> Rule:
+    """For y = x max(0, min(1, x / 6 + 1/2)):  dy/dx = x / 3 + 1/2 where |x| < 3, else 1 above and 0 below."""
+    return Rule(
+        "::HardSwish",
+        (
+            _constant("three", 3.0, "float"),
+            _constant("half", 0.5, "float"),
+            RuleNode("Div", ("I(0)", "three"), ("third",)),
+            RuleNode("Add", ("third", "half"), ("slope",)),
+            RuleNode("Abs", ("I(0)",), ("size",)),
+            RuleNode("Less", ("size", "three"), ("bent",)),
+            RuleNode("Greater", ("I(0)", "three"), ("above",)),
+            RuleNode("Cast", ("above",), ("one_or_zero",), {"to": (1, "int", False)}),
+            RuleNode("Where", ("bent", "slope", "one_or_zero"), ("derivative",)),
+            RuleNode("Mul", ("GO(0)", "derivative"), ("GI(0)",)),
+        ),
+    )
+
+
+def _hard_sigmoid(key: str, alpha: float) -> Rule:
+    """For y = max(0, min(1, alpha x + beta)):  dy/dx = alpha where 0 < y < 1, else 0."""
+    return Rule(
+        key,
+        (
+            _constant("zero", 0.0, "float"),
+            _constant("one", 1.0, "float"),
+            _constant("alpha", alpha, "float"),
+            RuleNode("Greater", ("O(0)", "zero"), ("above",)),
+            RuleNode("Less", ("O(0)", "one"), ("below",)),
+            RuleNode("And", ("above", "below"), ("inside",)),
+            RuleNode("Where", ("inside", "alpha", "zero"), ("derivative",)),
+            RuleNode("Mul", ("GO(0)", "derivative"), ("GI(0)",)),
+        ),
+    )
 
 
 def check_differentiable(node: Node, graph: GraphIndex, moving: Collection[str]) -> None:
@@ -100,7 +136,8 @@ def make_differentiable(graph: gs.Graph) -> tuple[list[Rule], list[onnx.Function
     * Conv: its gradient ignores `auto_pad`, so the pads are written out.
     * MaxPool: its gradient needs the second output, and that in row-major order.
     * Transpose: its gradient needs the permutation written out.
-    * AveragePool: its gradient crashes; it becomes a function with the rule of `_average_pool`.
+    * LayerNormalization: its gradient needs the mean and the inverse standard deviation as outputs.
+    * AveragePool, whose gradient crashes, and HardSigmoid, which has none, become functions with rules of their own.
     """
     rules: list[Rule] = []
     functions: list[onnx.FunctionProto] = []
@@ -112,13 +149,18 @@ def make_differentiable(graph: gs.Graph) -> tuple[list[Rule], list[onnx.Function
             node.attrs.pop("storage_order", None)
         elif node.op == "Transpose" and "perm" not in node.attrs:
             node.attrs["perm"] = list(reversed(range(len(_known_shape(node, node.inputs[0])))))
-        elif node.op == "AveragePool":
-            name = f"AveragePool_{len(rules)}"
-            rule, share = _average_pool(f"{DOMAIN}::{name}", node, graph.opset)
+        elif node.op == "LayerNormalization" and len(node.outputs) == 1:
+            for statistic in ("mean", "inverse_deviation"):
+                node.outputs.append(gs.Variable(f"onnxqt.{statistic}:{node.outputs[0].name}", np.float32))
+        elif node.op in ("AveragePool", "HardSigmoid"):
+            key = f"{DOMAIN}::{node.op}_{len(rules)}"
+            if node.op == "AveragePool":
+                rule, share = _average_pool(key, node, graph.opset)
+                node.inputs.append(gs.Constant(f"onnxqt.share:{node.outputs[0].name}", share))
+            else:
+                rule = _hard_sigmoid(key, float(node.attrs.get("alpha", 0.2)))
             rules.append(rule)
-            functions.append(_wrap(name, node, graph.opset))
-            node.inputs.append(gs.Constant(f"{node.name}.share", share))
-            node.op, node.domain, node.attrs = name, DOMAIN, {}
+            functions.append(_wrap(node, graph.opset, len(rules) - 1))
     return rules, functions
 
 
@@ -132,11 +174,14 @@ def _write_pads(node: gs.Node) -> None:
     node.attrs["pads"] = [*window.begin, *window.end]
 
 
-def _wrap(name: str, node: gs.Node, opset: int) -> onnx.FunctionProto:
-    """A function that does what `node` does; it takes a second input, which only the gradient reads."""
+def _wrap(node: gs.Node, opset: int, number: int) -> onnx.FunctionProto:
+    """Turn a node into a call of a function that does the same; inputs behind the first are for its gradient."""
+    name = f"{node.op}_{number}"
     body = onnx.helper.make_node(node.op, ["x"], ["y"], **node.attrs)
+    inputs = ["x", *(f"for_gradient_{i}" for i in range(1, len(node.inputs)))]
     imports = [onnx.helper.make_opsetid("", opset)]
-    return onnx.helper.make_function(DOMAIN, name, ["x", "share"], ["y"], [body], imports)
+    node.op, node.domain, node.attrs = name, DOMAIN, {}
+    return onnx.helper.make_function(DOMAIN, name, inputs, ["y"], [body], imports)
 
 
 def _average_pool(key: str, node: gs.Node, opset: int) -> tuple[Rule, Array]:
