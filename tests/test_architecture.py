@@ -34,7 +34,7 @@ NOWHERE = frozenset[str]()
 FOREIGN = {
     "click": {"cli.py"},
     "rich": {"cli.py"},
-    "onnxruntime": {"runtime.py", "trim/worker.py", "emulate/graph.py"},
+    "onnxruntime": {"runtime.py", "trim/worker.py"},
     "torch": NOWHERE,
     **dict.fromkeys(("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), NOWHERE),
 }
