@@ -106,9 +106,14 @@ class Source:
     model: Model
     plan: QuantPlan
     samples: Samples
-    evaluation: Samples
+    own_evaluation: Samples | None
     batch_size: int
     fixed_batch: int | None
+
+    @property
+    def evaluation(self) -> Samples:
+        """The samples that results are judged on: those given for it, else what training holds out."""
+        return self.own_evaluation or self.samples.split(HELD_FRACTION, HELD_LIMIT)[1]
 
     @property
     def training(self) -> Samples:
@@ -131,8 +136,6 @@ class Source:
 def prepare(model: Path, data: Data, evaluation: Data | None = None, settings: Settings | None = None) -> Source:
     """Ingest a model, plan it, and open and check its samples.
 
-    Without `evaluation` the part of `data` that training holds out is the evaluation data.
-
     Raises:
         ModelError, DataError: naming what is wrong and what to do.
     """
@@ -142,14 +145,11 @@ def prepare(model: Path, data: Data, evaluation: Data | None = None, settings: S
     specs = input_specs(ingested)
     fixed = fixed_batch(specs)
     samples = open_samples(data, specs)
-    if evaluation is None:
-        judged = samples.split(HELD_FRACTION, HELD_LIMIT)[1]
-    else:
-        judged = open_samples(evaluation, specs)
-        require(judged, 1, "the evaluation")
-    for labelled in (samples, judged):
-        _check_labels(ingested, labelled)
-    return Source(ingested, plan, samples, judged, fixed or settings.batch_size, fixed)
+    own_evaluation = None if evaluation is None else open_samples(evaluation, specs)
+    for labelled in (samples, own_evaluation):
+        if labelled is not None:
+            _check_labels(ingested, labelled)
+    return Source(ingested, plan, samples, own_evaluation, fixed or settings.batch_size, fixed)
 
 
 def _check_labels(model: Model, samples: Samples) -> None:
