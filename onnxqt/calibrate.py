@@ -4,19 +4,18 @@ One streaming pass over the samples keeps a histogram per activation, so memory 
 number. This is the only module where a scale is computed from a range.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import onnx
 
-from onnxqt.data import Samples
+from onnxqt.data import Samples, fixed_batch
 from onnxqt.errors import CalibrationError
-from onnxqt.model import Model
+from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, Grid, QParams, fake_quantize
 from onnxqt.plan import QuantPlan, tensors_of_group
-from onnxqt.runtime import Session
+from onnxqt.runtime import Session, with_outputs
 from onnxqt.schemes import Scheme
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
@@ -137,11 +136,11 @@ def calibrate(
     """
     names = [site.tensor for site in plan.activations]
     inside = [name for name in names if name not in model.graph.inputs]
-    session = Session(_with_outputs(model.proto, inside), outputs=inside)
+    session = Session(with_outputs(model.proto, inside), outputs=inside)
     seen: dict[str, TensorRange] = {}
     done = 0
-    fixed = any((model.graph.shape(name) or (None,))[0] is not None for name in model.graph.inputs)
-    for batch in samples.batches(batch_size, pad=fixed):
+    pad = fixed_batch(input_specs(model)) is not None
+    for batch in samples.batches(batch_size, pad):
         values = {**batch.inputs, **session.run(batch.inputs)}
         for name in names:
             try:
@@ -152,18 +151,6 @@ def calibrate(
         done += len(batch.index)
         progress(done)
     return RangeTable(seen, samples.count)
-
-
-def _with_outputs(proto: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(proto)
-    present = {value.name for value in tapped.graph.output}
-    tapped.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in tensors
-        if name not in present
-    )
-    return tapped
 
 
 # --- range -> scale -------------------------------------------------------------------------------------

@@ -10,6 +10,12 @@ class OnnxqtError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text; the name of its class if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class UsageError(OnnxqtError):
     """An option or argument that cannot be used: unknown scheme, a number out of range."""
 

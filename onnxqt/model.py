@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, external_data_helper, inliner, numpy_helper, version_converter
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnxqt.errors import ModelError
+from onnxqt.data import InputSpec
+from onnxqt.errors import ModelError, first_line
 from onnxqt.numerics import Array
 from onnxqt.ops import Attributes, Kind, lookup, weight_axis
 from onnxqt.runtime import MAX_IR_VERSION, MAX_OPSET
@@ -145,6 +146,12 @@ class GraphIndex:
         return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self._types[tensor].elem_type))
 
 
+def input_specs(model: Model) -> list[InputSpec]:
+    """What the samples must look like."""
+    graph = model.graph
+    return [InputSpec(name, graph.dtype(name), graph.shape(name) or ()) for name in graph.inputs]
+
+
 def opset_of(proto: onnx.ModelProto) -> int:
     """Version of the default operator set, 1 where the model names none."""
     return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
@@ -186,7 +193,7 @@ def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     try:
         onnx.checker.check_model(normalised)
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"a pass broke the graph ({_first_line(error)}): report the model") from error
+        raise ModelError(f"a pass broke the graph ({first_line(error)}): report the model") from error
     return normalised, changes
 
 
@@ -280,7 +287,7 @@ def _load_external_data(path: Path, proto: onnx.ModelProto) -> None:
         external_data_helper.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:  # the helper raises whatever numpy, the file system or its own checks raise
         raise ModelError(
-            f"the external data of '{path}' cannot be read ({_first_line(error)}): save the model again"
+            f"the external data of '{path}' cannot be read ({first_line(error)}): save the model again"
         ) from error
 
 
@@ -305,7 +312,7 @@ def _check(path: Path, proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"'{path}' is not a valid ONNX model ({_first_line(error)}): export it again") from error
+        raise ModelError(f"'{path}' is not a valid ONNX model ({first_line(error)}): export it again") from error
     for node in proto.graph.node:
         if node.op_type in _QUANTIZED:
             raise ModelError(
@@ -331,7 +338,7 @@ def convert_opset(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
         return version_converter.convert_version(proto, version)
     except Exception as error:  # the converter raises RuntimeError and C++ assertion texts
         raise ModelError(
-            f"opset {opset_of(proto)} cannot be converted to {version} ({_first_line(error)}): "
+            f"opset {opset_of(proto)} cannot be converted to {version} ({first_line(error)}): "
             f"export the model with opset {version}"
         ) from error
 
@@ -652,8 +659,3 @@ def _captured(graph: onnx.GraphProto) -> Iterator[str]:
         yield from (tensor for tensor in (*node.inputs, *node.captured) if tensor and tensor not in local)
         local.update(node.outputs)
     yield from (value.name for value in graph.output if value.name not in local)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

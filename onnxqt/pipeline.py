@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 
 from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
-from onnxqt.data import Batch, InputSpec, Samples, check_labels, fixed_batch, open_samples, require
+from onnxqt.data import Batch, Samples, check_labels, fixed_batch, open_samples, require
 from onnxqt.errors import DataError, UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import neutral_table, quantized_model
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
-from onnxqt.model import Model, ingest
+from onnxqt.model import Model, ingest, input_specs
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Findings, Report, SchemeResult, build_report
@@ -157,12 +157,6 @@ def _check_labels(model: Model, samples: Samples) -> None:
     shape = model.graph.shape(model.graph.outputs[0])
     if samples.has_labels and shape is not None and len(shape) == 2 and shape[1] is not None:
         check_labels(samples, shape[1])
-
-
-def input_specs(model: Model) -> list[InputSpec]:
-    """What the samples must look like."""
-    graph = model.graph
-    return [InputSpec(name, graph.dtype(name), graph.shape(name) or ()) for name in graph.inputs]
 
 
 @dataclass(frozen=True, eq=False)

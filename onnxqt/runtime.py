@@ -3,7 +3,7 @@
 import functools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxqt.errors import InstallationError, ModelError
+from onnxqt.errors import InstallationError, ModelError, first_line
 from onnxqt.numerics import Array
 
 try:
@@ -93,8 +93,19 @@ class Session:
         try:
             values = self._session.run(self.outputs, dict(inputs))
         except Exception as error:
-            raise ModelError(f"the model fails on these inputs: {_first_line(error)}") from error
+            raise ModelError(f"the model fails on these inputs: {first_line(error)}") from error
         return dict(zip(self.outputs, (np.asarray(value) for value in values), strict=True))
+
+
+def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy of `model` that also gives out the named tensors."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    present = {value.name for value in tapped.graph.output}
+    tapped.graph.output.extend(
+        onnx.helper.make_empty_tensor_value_info(tensor) for tensor in dict.fromkeys(tensors) if tensor not in present
+    )
+    return tapped
 
 
 def executed_graph(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -126,8 +137,4 @@ def _open(model: onnx.ModelProto | Path, optimize: bool, **settings: str) -> Any
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a private class per status code
-        raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error

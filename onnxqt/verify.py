@@ -17,7 +17,7 @@ import onnx
 from onnxqt.emulate import load_program
 from onnxqt.errors import ContradictionError
 from onnxqt.numerics import Array
-from onnxqt.runtime import Session, executed_graph
+from onnxqt.runtime import Session, executed_graph, with_outputs
 
 MAX_LSB = 1
 MAX_SHARE = 0.01  # of the values of a tensor that may differ by MAX_LSB
@@ -71,7 +71,7 @@ def verify(name: str, model: onnx.ModelProto, batches: Iterable[Mapping[str, Arr
     """
     program = load_program(model)
     codes = {tensor: entry.codes for tensor, entry in program.tensors.items()}
-    plain = Session(_with_outputs(model, codes.values()), optimize=False)
+    plain = Session(with_outputs(model, codes.values()), optimize=False)
     optimized = Session(model, optimize=True)
     counts = {tensor: np.zeros(3, np.int64) for tensor in codes}
     worst, different, total = 0, 0, 0
@@ -119,13 +119,3 @@ def _judge(name: str, verdicts: Iterable[TensorVerdict]) -> None:
                 f"({verdict.one_lsb} codes by 1 LSB, {verdict.more} by more, of {verdict.total}; allowed are "
                 f"{MAX_SHARE:.0%} by {MAX_LSB}): do not deploy this file, report the model"
             )
-
-
-def _with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(model)
-    present = {value.name for value in tapped.graph.output}
-    tapped.graph.output.extend(
-        onnx.helper.make_empty_tensor_value_info(tensor) for tensor in dict.fromkeys(tensors) if tensor not in present
-    )
-    return tapped

@@ -14,9 +14,9 @@ from onnx import numpy_helper
 
 from onnxqt.data import Batch, open_samples
 from onnxqt.errors import TrainingError
-from onnxqt.model import ingest
+from onnxqt.model import ingest, input_specs
 from onnxqt.numerics import Array
-from onnxqt.pipeline import Settings, input_specs
+from onnxqt.pipeline import Settings
 from onnxqt.pipeline import trim as run_pipeline
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme

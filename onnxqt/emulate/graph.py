@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, numpy_help
 
 from onnxqt import numerics
 from onnxqt.emulate.program import Run, Step, Tensor
-from onnxqt.errors import EmulatorError
+from onnxqt.errors import EmulatorError, first_line
 from onnxqt.numerics import Array, Grid, QParams
 from onnxqt.runtime import Session
 
@@ -56,7 +56,7 @@ def read_file(model: str | Path | ModelProto) -> ModelProto:
         proto = model if isinstance(model, ModelProto) else onnx.load(model, format="protobuf")
         onnx.checker.check_model(proto if isinstance(model, ModelProto) else str(model))
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
-        raise EmulatorError(f"cannot read {where} as ONNX: {str(error).splitlines()[0]}") from error
+        raise EmulatorError(f"cannot read {where} as ONNX: {first_line(error)}") from error
     opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if opset not in _OPSETS:
         raise EmulatorError(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxqt import numerics
-from onnxqt.errors import EmulatorError
+from onnxqt.errors import EmulatorError, first_line
 from onnxqt.numerics import Array, IntArray, QParams
 
 Run = Callable[..., tuple[Array, ...]]
@@ -186,8 +186,7 @@ def execute(step: Step, values: Mapping[str, Array]) -> tuple[Array, ...]:
     try:
         return step.run(*[values[name] for name in step.inputs])
     except Exception as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EmulatorError(f"node '{step.info.name}' ({step.info.op_type}) failed: {cause}") from error
+        raise EmulatorError(f"node '{step.info.name}' ({step.info.op_type}) failed: {first_line(error)}") from error
 
 
 def _checked_inputs(

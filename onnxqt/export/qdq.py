@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqt.calibrate import Quantizers, bias_scale
-from onnxqt.errors import ExportError
+from onnxqt.errors import ExportError, first_line
 from onnxqt.model import Model, Names, convert_opset, editable, finish
 from onnxqt.numerics import Array, Grid, QParams, quantize
 from onnxqt.plan import IntegerNode, QuantPlan, WeightSite
@@ -65,7 +65,7 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
     try:
         onnx.checker.check_model(quantized)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the quantized graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"the quantized graph is not valid ONNX: {first_line(error)}") from error
     return quantized
 
 

@@ -22,7 +22,7 @@ from onnxqt.calibrate import Quantizers, best_clip, weight_params
 from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
 from onnxqt.errors import OnnxqtError, TrainingError
 from onnxqt.files import write_model
-from onnxqt.model import Model
+from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, QParams
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.runtime import MAX_IR_VERSION, Session
@@ -152,7 +152,7 @@ def load_task(folder: Path) -> Task:
     job = jobs.read(folder)
     model = Model(onnx.load(folder / jobs.START), "")
     plan = make_plan(model)
-    specs = [InputSpec(name, model.graph.dtype(name), model.graph.shape(name) or ()) for name in model.graph.inputs]
+    specs = input_specs(model)
     training, held = open_samples(job.data, specs).split(job.held_fraction, job.held_limit)
     teacher = Session(model.proto)
     schemes = tuple(parse_scheme(name) for name in job.schemes)
