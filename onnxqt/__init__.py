@@ -6,7 +6,8 @@ The whole job is `trim`; the other names are its stages, in order.
 __version__ = "0.1.0"
 
 from onnxqt.errors import OnnxqtError
-from onnxqt.model import Model, ingest
+from onnxqt.ingest import ingest
+from onnxqt.model import Model
 from onnxqt.pipeline import Candidate, Settings, Workspace, export, open_workspace, record_ranges, trim
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Report

@@ -25,8 +25,9 @@ from onnxqt.data import InputSpec, fixed_batch, open_samples
 from onnxqt.emulate import load_program
 from onnxqt.errors import ModelError, OnnxqtError
 from onnxqt.files import write_json
+from onnxqt.ingest import ingest
 from onnxqt.metrics import Tally
-from onnxqt.model import GraphIndex, ingest
+from onnxqt.model import GraphIndex
 from onnxqt.pipeline import (
     EVALUATION_BATCH,
     SCHEMES_FOLDER,

@@ -15,7 +15,8 @@ from onnxqt.errors import DataError, UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import neutral_table, quantized_model
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
-from onnxqt.model import Model, ingest, input_specs
+from onnxqt.ingest import ingest
+from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Findings, Report, SchemeResult, build_report

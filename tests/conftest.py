@@ -15,7 +15,8 @@ from onnxqt.calibrate import Quantizers, RangeTable, calibrate, make_quantizers
 from onnxqt.cli import main
 from onnxqt.data import Samples, open_samples
 from onnxqt.export import quantized_model
-from onnxqt.model import Model, ingest, input_specs
+from onnxqt.ingest import ingest
+from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.schemes import Scheme

@@ -12,7 +12,8 @@ from onnx import ModelProto, numpy_helper
 from onnxqt.calibrate import Quantizers, RangeTable, calibrate, make_quantizers
 from onnxqt.data import InputSpec, open_samples
 from onnxqt.export import quantized_model
-from onnxqt.model import Model, ingest
+from onnxqt.ingest import ingest
+from onnxqt.model import Model
 from onnxqt.numerics import Array, FloatArray
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.runtime import Session

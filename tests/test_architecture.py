@@ -16,6 +16,7 @@ ORDER = (
     {"schemes"},
     {"files", "runtime", "data", "ops", "metrics"},
     {"model"},
+    {"ingest"},
     {"plan"},
     {"calibrate"},
     {"trim"},

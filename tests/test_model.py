@@ -11,7 +11,7 @@ import pytest
 from helpers import batch_norm, build, ingested, inputs_of, normal, operators, relative_error, run, save
 from onnx import ModelProto, TensorProto, helper
 
-from onnxqt.model import ingest
+from onnxqt.ingest import ingest
 from onnxqt.numerics import Array
 
 # Folded weights are products of float64 rounded once to float32 (2^-24 = 6e-8 each), and sums of K <= 100 products

@@ -11,7 +11,8 @@ from conftest import ROOT, RUN_SCHEMES, RUN_STEPS, Digits, Run, files, invoke
 from onnxqt.data import Batch, open_samples
 from onnxqt.emulate import load_program
 from onnxqt.files import file_sha256
-from onnxqt.model import ingest, input_specs
+from onnxqt.ingest import ingest
+from onnxqt.model import input_specs
 from onnxqt.numerics import Array
 from onnxqt.report import SCHEMA_VERSION, Report
 from onnxqt.runtime import Session

@@ -19,7 +19,8 @@ from gradient_cases import CASES, Case, H, ints, random, scalar, signed, value_i
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqt.errors import TrainingError
-from onnxqt.model import Model, ingest
+from onnxqt.ingest import ingest
+from onnxqt.model import Model
 from onnxqt.numerics import Array
 from onnxqt.ops import OPS, Gradient
 from onnxqt.pipeline import Settings

@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqt.errors import TrainingError
-from onnxqt.model import Model, editable, finish, ingest
+from onnxqt.ingest import ingest
+from onnxqt.model import Model, editable, finish
 from onnxqt.numerics import Array
 from onnxqt.pipeline import Settings
 from onnxqt.pipeline import trim as run_pipeline

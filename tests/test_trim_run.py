@@ -14,7 +14,8 @@ from onnx import numpy_helper
 
 from onnxqt.data import Batch, open_samples
 from onnxqt.errors import TrainingError
-from onnxqt.model import ingest, input_specs
+from onnxqt.ingest import ingest
+from onnxqt.model import input_specs
 from onnxqt.numerics import Array
 from onnxqt.pipeline import Settings
 from onnxqt.pipeline import trim as run_pipeline

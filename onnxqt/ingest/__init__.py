@@ -1,0 +1,76 @@
+"""Stage 1, ingest: any ONNX file -> one normalised, checked float graph.
+
+Normalisation is the ordered tuple `PASSES`. Each pass edits the graph in place, is idempotent, and
+returns one line for each thing it changed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import inliner
+
+from onnxqt.errors import ModelError, first_line
+from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
+from onnxqt.ingest.constants import fold_constants, remove_identities
+from onnxqt.ingest.files import read
+from onnxqt.ingest.weights import separate_weights
+from onnxqt.model import Model, convert_opset, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
+from onnxqt.runtime import MAX_OPSET
+
+MIN_OPSET = 17
+
+
+PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
+    fold_constants,
+    remove_identities,
+    fold_batch_norm,
+    fold_affine,
+    fold_gemm_factors,
+    separate_weights,
+)
+
+
+def ingest(path: Path) -> Model:
+    """Read, check and normalise a model.
+
+    Raises:
+        ModelError: naming the node and a remedy, for a file that cannot be read or handled.
+    """
+    proto, digest = read(path)
+    try:
+        proto, changes = _normalise(proto)
+    except ModelError as error:
+        raise ModelError(f"'{path}': {error}") from error
+    return Model(proto, digest, tuple(changes))
+
+
+def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    changes = []
+    if proto.functions:
+        changes.append(f"inlined {len(proto.functions)} model-local function(s)")
+        proto = inliner.inline_local_functions(proto)
+    proto, converted = _convert_opset(proto)
+    changes += converted
+    proto.ir_version = ir_version_for(proto)
+    graph = editable(infer_shapes(proto))
+    name_nodes(graph)
+    for normalise in PASSES:
+        changes += normalise(graph)
+    graph.cleanup().toposort()
+    normalised = finish(graph)
+    normalised.metadata_props.extend(proto.metadata_props)
+    try:
+        onnx.checker.check_model(normalised)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"a pass broke the graph ({first_line(error)}): report the model") from error
+    return normalised, changes
+
+
+def _convert_opset(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    current = opset_of(proto)
+    wanted = min(MAX_OPSET, max(MIN_OPSET, current))
+    if wanted == current:
+        return proto, []
+    return convert_opset(proto, wanted), [f"converted opset {current} to {wanted}"]
