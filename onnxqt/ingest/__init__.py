@@ -15,14 +15,19 @@ from onnxqt.errors import ModelError, first_line
 from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
 from onnxqt.ingest.constants import fold_constants, remove_identities
 from onnxqt.ingest.files import read
+from onnxqt.ingest.precision import to_float32
+from onnxqt.ingest.shapes import fold_shapes
 from onnxqt.ingest.weights import separate_weights
 from onnxqt.model import Model, convert_opset, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
 from onnxqt.runtime import MAX_OPSET
 
 MIN_OPSET = 17
+MAX_ROUNDS = 10
 
 
 PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
+    to_float32,
+    fold_shapes,
     fold_constants,
     remove_identities,
     fold_batch_norm,
@@ -47,6 +52,7 @@ def ingest(path: Path) -> Model:
 
 
 def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    metadata = list(proto.metadata_props)
     changes = []
     if proto.functions:
         changes.append(f"inlined {len(proto.functions)} model-local function(s)")
@@ -54,21 +60,27 @@ def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     proto, converted = _convert_opset(proto)
     changes += converted
     proto.ir_version = ir_version_for(proto)
-    graph = editable(infer_shapes(proto))
-    name_nodes(graph)
-    for normalise in PASSES:
-        changes += normalise(graph)
-    graph.cleanup().toposort()
-    normalised = finish(graph)
-    normalised.metadata_props.extend(proto.metadata_props)
+    proto = infer_shapes(proto)
+    for _ in range(MAX_ROUNDS):  # what a pass leaves, and shapes known only then, can be work for one before it
+        graph = editable(proto)
+        name_nodes(graph)
+        found = [change for normalise in PASSES for change in normalise(graph)]
+        changes += found
+        graph.cleanup().toposort()
+        proto = finish(graph)
+        if not found:
+            break
+    proto.metadata_props.extend(metadata)
     try:
-        onnx.checker.check_model(normalised)
+        onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"a pass broke the graph ({first_line(error)}): report the model") from error
-    return normalised, changes
+    return proto, changes
 
 
 def _convert_opset(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    if all(entry.domain not in ("", "ai.onnx") for entry in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid("", MIN_OPSET))  # for what passes and quantizers add
     current = opset_of(proto)
     wanted = min(MAX_OPSET, max(MIN_OPSET, current))
     if wanted == current:

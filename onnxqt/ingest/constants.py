@@ -1,10 +1,17 @@
 """Passes that remove what a constant can replace, or nothing at all."""
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxqt.errors import ModelError
-from onnxqt.model import is_onnx
+from onnxqt.model import Names, is_onnx
+from onnxqt.numerics import Array
+from onnxqt.ops import Kind, lookup
+from onnxqt.runtime import Session
 
 _CONSTANT_TYPES = {
     "value_float": np.float32,
@@ -12,65 +19,201 @@ _CONSTANT_TYPES = {
     "value_int": np.int64,
     "value_ints": np.int64,
 }
+_NEVER_FOLDED = (
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout"),
+)
+_FREE_GROWTH = 1 << 20  # bytes that a folded result may always have
+_MOST = 1 << 31  # bytes of a result that is never folded
 
 
 def fold_constants(graph: gs.Graph) -> list[str]:
-    """What can be computed from constants and known shapes.
+    """What can be computed from constants, and the branch that an If with a constant condition takes.
 
-    The shape folding of graphsurgeon stays off: it takes Cast to float, Mul by 0.5, Cast to integer for an
-    integer product, and multiplies by 0.
+    ONNX Runtime computes it, node by node, so that a node it cannot run just stays. What has no inputs but gives
+    out something else each time stays too, and so does what would take much more room than it is made of, unless
+    it is a weight.
     """
-    before = len(graph.nodes)
+    folded, inlined = 0, list[str]()
     for part in (graph, *graph.subgraphs(recursive=True)):
         part.ir_version = graph.ir_version  # a subgraph has none, and the newest is refused by ONNX Runtime
-        for node in part.nodes:
-            _type_constant(node)
-            _fold_shape(node)
-    graph.fold_constants(fold_shapes=False, error_ok=True).cleanup().toposort()
-    folded = before - len(graph.nodes)
-    return [f"folded {folded} constant node(s)"] if folded else []
+    progress = True
+    while progress:
+        progress = False
+        for part in (graph, *graph.subgraphs(recursive=True)):
+            part.toposort(recurse_subgraphs=False)
+            count = sum(_lower_constant(node) or _evaluate(graph, node) for node in part.nodes)
+            branches = [_inline(graph, part, node) for node in part.nodes if _has_constant_condition(node)]
+            folded, inlined = folded + count, inlined + branches
+            progress = bool(progress or branches)
+    graph.cleanup().toposort()
+    return ([f"folded {folded} constant node(s)"] if folded else []) + inlined
 
 
-def _type_constant(node: gs.Node) -> None:
-    """Numbers of a Constant node as a tensor of the type that ONNX gives them; graphsurgeon makes them float64."""
-    if not is_onnx(node, "Constant"):
-        return
-    for name, dtype in _CONSTANT_TYPES.items():
-        if name in node.attrs:
-            node.attrs["value"] = gs.Constant("", np.array(node.attrs.pop(name), dtype))
+def _lower_constant(node: gs.Node) -> bool:
+    """A Constant node as a constant tensor of the type that ONNX gives it; graphsurgeon would make it float64."""
+    if not is_onnx(node, "Constant") or not node.outputs:
+        return False
+    ((name, value),) = node.attrs.items()
+    if name in _CONSTANT_TYPES:
+        _make_constant(node, [np.array(value, _CONSTANT_TYPES[name])])
+    elif isinstance(value, gs.Constant):
+        _make_constant(node, [value._values])  # unread: `.values` would load it
+    else:
+        return False
+    return True
 
 
-def _fold_shape(node: gs.Node) -> None:
-    if not is_onnx(node, "Shape"):
-        return
-    shape = node.inputs[0].shape
-    if shape is None or not all(isinstance(size, int) for size in shape):
-        return
-    end = node.attrs.get("end", len(shape))
-    node.outputs[0].to_constant(np.array(shape[node.attrs.get("start", 0) : end], np.int64))
+def _make_constant(node: gs.Node, values: list[Array]) -> None:
+    for tensor, value in zip(list(node.outputs), values, strict=True):
+        if not tensor.is_empty():
+            tensor.to_constant(value)
     node.outputs.clear()
+    node.inputs.clear()
+
+
+def _evaluate(graph: gs.Graph, node: gs.Node) -> bool:
+    """Replace the outputs of a node by constants if that can and should be done."""
+    if not _is_foldable(node):
+        return False
+    proto = helper.make_graph(
+        [OnnxExporter.export_node(node)],
+        "folded",
+        [],
+        [helper.make_empty_tensor_value_info(tensor.name) for tensor in node.outputs if not tensor.is_empty()],
+        [_initializer(tensor) for tensor in {t.name: t for t in node.inputs if not t.is_empty()}.values()],
+    )
+    model = helper.make_model(proto, opset_imports=graph.import_domains, ir_version=graph.ir_version)
+    try:
+        results = Session(model, optimize=False).run({})
+    except ModelError:
+        return False
+    if not all(np.issubdtype(value.dtype, np.number) or value.dtype == bool for value in results.values()):
+        return False
+    _make_constant(node, [results.get(tensor.name, np.zeros(0)) for tensor in node.outputs])
+    return True
+
+
+def _is_foldable(node: gs.Node) -> bool:
+    if not is_onnx(node) or node.op in _NEVER_FOLDED or not node.inputs or not node.outputs or list(node.subgraphs()):
+        return False
+    if not all(isinstance(tensor, gs.Constant) or tensor.is_empty() for tensor in node.inputs):
+        return False
+    if any(tensor.type != "tensor_type" or not _is_plain(tensor.dtype) for tensor in node.outputs):
+        return False
+    if not all(_is_plain(tensor.dtype) for tensor in node.inputs):
+        return False
+    result = sum(_nbytes(tensor) for tensor in node.outputs)
+    source = sum(_nbytes(tensor) for tensor in node.inputs)
+    return result < _MOST and (result <= max(_FREE_GROWTH, 2 * source) or _is_weight(node.outputs[0]))
+
+
+def _is_plain(dtype: object) -> bool:
+    """Whether NumPy has the type, and it is a number; the unknown type of an empty or new tensor may be one."""
+    return dtype is None or (not isinstance(dtype, int) and np.dtype(dtype).kind in "biuf")  # type: ignore[call-overload]
+
+
+def _nbytes(tensor: gs.Tensor) -> int:
+    """Size of a tensor; 0 where its shape is not known."""
+    shape, dtype = tensor.shape, tensor.dtype
+    if shape is None or dtype is None or not all(isinstance(size, int) for size in shape):
+        return 0
+    return int(math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+def _is_weight(tensor: gs.Tensor) -> bool:
+    return any(
+        node.inputs[1] is tensor
+        for node in tensor.outputs
+        if len(node.inputs) > 1 and lookup(node.op, node.domain or "").kind is Kind.WEIGHTED
+    )
+
+
+def _initializer(tensor: gs.Constant) -> TensorProto:
+    return numpy_helper.from_array(tensor.values, tensor.name)
+
+
+# --- If ---------------------------------------------------------------------------------------------------
+
+
+def _has_constant_condition(node: gs.Node) -> bool:
+    return is_onnx(node, "If") and isinstance(node.inputs[0], gs.Constant)
+
+
+def _inline(graph: gs.Graph, part: gs.Graph, node: gs.Node) -> str:
+    """Put the branch that an If takes in its place, under names of its own."""
+    taken = bool(node.inputs[0].values.reshape(-1)[0])
+    branch = node.attrs["then_branch" if taken else "else_branch"]
+    part.nodes = [other for other in part.nodes if other is not node]
+    names = Names(graph)
+    results = list(node.outputs)
+    node.inputs.clear()
+    node.outputs.clear()
+    inner = {id(other) for sub in (branch, *branch.subgraphs(recursive=True)) for other in sub.nodes}
+    for tensor in branch.tensors().values():
+        produced = any(id(producer) in inner for producer in tensor.inputs)
+        local = isinstance(tensor, gs.Constant) and all(id(reader) in inner for reader in tensor.outputs)
+        if produced or local:
+            tensor.name = names.new(tensor.name)
+    part.nodes.extend(branch.nodes)
+    around = graph.tensors()
+    for result, value in zip(results, list(branch.outputs), strict=True):
+        if not value.inputs and not isinstance(value, gs.Constant):  # a tensor of the graph around it
+            value = around.get(value.name, value)
+        if not result.is_empty():
+            part.nodes.append(gs.Node("Identity", f"{node.name}.{result.name}", inputs=[value], outputs=[result]))
+    return f"inlined the {'then' if taken else 'else'} branch of If '{node.name}', whose condition is constant"
+
+
+# --- Identity and Dropout ---------------------------------------------------------------------------------
 
 
 def remove_identities(graph: gs.Graph) -> list[str]:
-    """Identity, and Dropout in its inference form, between two tensors of the same graph."""
-    kept_names = {tensor.name for tensor in graph.outputs}
+    """Identity, Dropout in its inference form, and Cast to the same type, between two tensors of a graph."""
     removed = 0
-    for node in graph.nodes:
-        if not is_onnx(node, "Identity", "Dropout"):
-            continue
-        if node.op == "Dropout" and _trains(node):
-            raise ModelError(f"Dropout '{node.name}' is in training mode: export the model in inference mode")
-        source, (result, *mask) = node.inputs[0], node.outputs
-        if result.name in kept_names or isinstance(source, gs.Constant):
-            continue
-        if any(tensor.outputs or tensor.name in kept_names for tensor in mask):
-            continue
-        for consumer in list(result.outputs):
-            consumer.inputs = [source if tensor is result else tensor for tensor in consumer.inputs]
-        node.outputs.clear()
-        removed += 1
+    for part in (graph, *graph.subgraphs(recursive=True)):
+        removed += sum(_bypass(part, node) for node in part.nodes)
     graph.cleanup()
-    return [f"removed {removed} Identity/Dropout node(s)"] if removed else []
+    return [f"removed {removed} Identity/Dropout/Cast node(s)"] if removed else []
+
+
+def _bypass(part: gs.Graph, node: gs.Node) -> bool:
+    """Let the readers of a node read its input, if that is the same."""
+    if not is_onnx(node, "Identity", "Dropout", "Cast", "CastLike") or not node.outputs:
+        return False
+    if node.op == "Dropout" and _trains(node):
+        raise ModelError(f"Dropout '{node.name}' is in training mode: export the model in inference mode")
+    source, (result, *mask) = node.inputs[0], node.outputs
+    if node.op in ("Cast", "CastLike") and not _same_type(source, result):
+        return False
+    visible = {tensor.name for tensor in part.outputs}
+    if any(tensor.outputs or tensor.name in visible for tensor in mask):
+        return False
+    if result.name in visible:
+        return _name_source(part, node)
+    for reader in list(result.outputs):
+        reader.inputs = [source if tensor is result else tensor for tensor in reader.inputs]
+    node.outputs.clear()
+    return True
+
+
+def _same_type(source: gs.Tensor, result: gs.Tensor) -> bool:
+    known = source.dtype is not None and result.dtype is not None
+    return known and source.dtype == result.dtype and source.type == result.type == "tensor_type"
+
+
+def _name_source(part: gs.Graph, node: gs.Node) -> bool:
+    """Let the node before give out the output of `part` that `node` only copies, where nobody else reads it."""
+    source, result = node.inputs[0], node.outputs[0]
+    if isinstance(source, gs.Constant) or len(source.inputs) != 1 or len(source.outputs) != 1:
+        return False
+    (producer,) = source.inputs
+    local = any(other is producer for other in part.nodes)
+    if not local or any(tensor.name == source.name for tensor in (*part.inputs, *part.outputs)):
+        return False
+    node.outputs.clear()
+    producer.outputs = [result if tensor is source else tensor for tensor in producer.outputs]
+    return True
 
 
 def _trains(dropout: gs.Node) -> bool:
