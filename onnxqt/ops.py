@@ -1,6 +1,6 @@
 """The op table: one row per operator, with everything the stages need to know about it.
 
-A new operator is one row here (with a gradient rule and an integer kernel where it needs them).
+Every operator of ONNX up to opset 21 has a row. What is listed nowhere below has `Kind.FLOAT`.
 """
 
 from collections.abc import Mapping
@@ -27,48 +27,102 @@ class Gradient(str, Enum):
     """Where the gradient of an operator comes from."""
 
     NATIVE = "native"  # onnxruntime-training has it
-    RULE = "rule"  # onnxqt.trim.gradients writes it
-    NONE = "none"
+    RULE = "rule"  # onnxqt.trim.gradients has it, at least for the cases that onnxruntime-training has not
+    NOT_NEEDED = "not needed"  # it reads or gives out no floats, so nothing that is trained lies behind it
+    STOPPED = "stopped"  # none: what lies before it is not trained through it
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One row of the table."""
+    """One row of the table.
+
+    Attributes:
+        kind: how it takes part in an integer network.
+        gradient: where its gradient comes from.
+        reason: why gradients stop; completes "no gradient passes it because it ...".
+    """
 
     kind: Kind = Kind.FLOAT
-    gradient: Gradient = Gradient.NONE
+    gradient: Gradient = Gradient.STOPPED
+    reason: str = ""
 
 
-_SAME_GRID = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Identity")
-_NATIVE_FLOAT = (
-    *("Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Neg", "Abs", "Erf", "Sigmoid", "Tanh", "Softmax"),
-    *("LogSoftmax", "LeakyRelu", "ReduceSum", "Expand", "Where", "Cast", "Gather", "Split", "Tile"),
-)
-
-OPS: Mapping[str, Op] = {
-    "Conv": Op(Kind.WEIGHTED, Gradient.NATIVE),
-    "ConvTranspose": Op(Kind.WEIGHTED),
-    "Gemm": Op(Kind.WEIGHTED, Gradient.NATIVE),
-    "MatMul": Op(Kind.WEIGHTED, Gradient.NATIVE),
-    "Add": Op(Kind.ADD, Gradient.NATIVE),
-    "Concat": Op(Kind.CONCAT, Gradient.NATIVE),
-    "AveragePool": Op(Kind.AVERAGE, Gradient.RULE),
-    "GlobalAveragePool": Op(Kind.AVERAGE, Gradient.NATIVE),
-    "ReduceMean": Op(Kind.AVERAGE, Gradient.NATIVE),
-    "MaxPool": Op(Kind.SAME_GRID, Gradient.RULE),
-    **{name: Op(Kind.SAME_GRID, Gradient.NATIVE) for name in _SAME_GRID},
-    "Relu": Op(Kind.CLAMP, Gradient.NATIVE),
-    "Clip": Op(Kind.CLAMP, Gradient.NATIVE),
-    **{name: Op(Kind.FLOAT, Gradient.NATIVE) for name in _NATIVE_FLOAT},
-    **{name: Op(Kind.FLOAT, Gradient.RULE) for name in ("HardSwish", "HardSigmoid", "LayerNormalization")},
+_KINDS = {
+    Kind.WEIGHTED: "Conv ConvTranspose Gemm MatMul",
+    Kind.ADD: "Add",
+    Kind.CONCAT: "Concat",
+    Kind.AVERAGE: "AveragePool GlobalAveragePool ReduceMean",
+    Kind.SAME_GRID: "Flatten Identity MaxPool Pad Reshape Slice Squeeze Transpose Unsqueeze",
+    Kind.CLAMP: "Clip Relu",
 }
 
-_UNKNOWN = Op()
+_GRADIENTS = {
+    Gradient.NATIVE: (
+        "Abs Add Cast Concat Div Erf Exp Expand Flatten Gather Gemm GlobalAveragePool Identity LeakyRelu Log "
+        "LogSoftmax Mul Neg ReduceMean ReduceSum Relu Reshape Sigmoid Softmax Split Sqrt Squeeze Sub Tanh Tile "
+        "Transpose Unsqueeze"
+    ),
+    Gradient.RULE: (
+        # elementwise
+        "Acos Acosh Asin Asinh Atan Atanh CastLike Celu Clip Cos Cosh Dropout Elu Gelu HardSigmoid HardSwish Max Mean "
+        "Min Mish Mod PRelu Pow Reciprocal Selu Shrink Sin Sinh Softplus Softsign Sum Tan ThresholdedRelu Where "
+        # reductions
+        "GlobalLpPool GlobalMaxPool ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMin ReduceProd "
+        "ReduceSumSquare "
+        # normalization
+        "BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LpNormalization "
+        "MeanVarianceNormalization "
+        # windows
+        "AveragePool Conv ConvTranspose LRN LpPool MaxPool MaxUnpool "
+        # indexing
+        "AffineGrid CenterCropPad Col2Im Compress CumSum DepthToSpace GatherElements GatherND GridSample Pad Resize "
+        "ReverseSequence ScatterElements ScatterND Slice SpaceToDepth TopK Trilu "
+        # matrices
+        "Det Einsum MatMul"
+    ),
+    Gradient.NOT_NEEDED: (
+        "And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Constant "
+        "ConstantOfShape ConvInteger Equal Greater GreaterOrEqual HammingWindow HannWindow ImageDecoder IsInf IsNaN "
+        "Less LessOrEqual MatMulInteger Multinomial NonMaxSuppression NonZero Not OptionalHasElement Or QLinearConv "
+        "QLinearMatMul QuantizeLinear RandomNormal RandomUniform RegexFullMatch SequenceEmpty SequenceLength Shape "
+        "Size StringConcat StringNormalizer StringSplit TfIdfVectorizer Xor"
+    ),
+}
+
+_STOPPED = {  # completes "because it ..."
+    "has a derivative of zero everywhere": "Ceil Floor Hardmax Round Sign",
+    "draws random numbers": "Bernoulli RandomNormalLike RandomUniformLike",
+    "reads only the shape of its input": "EyeLike",
+    "takes its values from a few settings": "MelWeightMatrix OneHot Range",
+    "runs a subgraph": "If Loop Scan SequenceMap",
+    "has a state that no rule covers": "GRU LSTM RNN",
+    "works on a sequence or an optional value": (
+        "ConcatFromSequence Optional OptionalGetElement SequenceAt SequenceConstruct SequenceErase SequenceInsert "
+        "SplitToSequence"
+    ),
+    "works on quantized values": "DequantizeLinear DynamicQuantizeLinear",
+    "is a loss of its own": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
+    "has no gradient rule": "DFT DeformConv MaxRoiPool RoiAlign STFT Unique",
+}
+
+
+def _table() -> dict[str, Op]:
+    kinds = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+    found = [(name, gradient, "") for gradient, names in _GRADIENTS.items() for name in names.split()]
+    stopped = [(name, Gradient.STOPPED, reason) for reason, names in _STOPPED.items() for name in names.split()]
+    return {
+        name: Op(kinds.get(name, Kind.FLOAT), gradient, reason) for name, gradient, reason in sorted(found + stopped)
+    }
+
+
+OPS: Mapping[str, Op] = _table()
 
 
 def lookup(op_type: str, domain: str = "") -> Op:
-    """The row of an operator; operators without a row, or of a foreign domain, stay float and have no gradient."""
-    return OPS.get(op_type, _UNKNOWN) if domain in ("", "ai.onnx") else _UNKNOWN
+    """The row of an operator; one without a row, or of a foreign domain, stays float and stops gradients."""
+    if domain not in ("", "ai.onnx"):
+        return Op(reason=f"is an operator of the domain '{domain}'")
+    return OPS.get(op_type) or Op(reason="is no operator of ONNX up to opset 21")
 
 
 def weight_axis(op_type: str, attributes: Attributes, rank: int) -> int:

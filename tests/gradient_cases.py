@@ -32,6 +32,7 @@ class Case:
     outputs: int = 1
     opset: int = 17
     dynamic: bool = False
+    ingested: bool = True  # not what `ingest` refuses or rewrites
 
     @cached_property
     def names(self) -> list[str]:
@@ -78,7 +79,7 @@ class Case:
         nodes.append(helper.make_node(total, [f"loss{i}" for i in range(self.outputs)], ["loss"]))
         inputs = [value_info(f"r{i}", shape) for i, shape in enumerate(shapes)]
         model = self._model(nodes, [*inputs, *self._zero_infos()], ["loss"], self.parameters)
-        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+        return onnx.shape_inference.infer_shapes(model, strict_mode=self.ingested)
 
     def _model(
         self,
@@ -136,6 +137,11 @@ def distinct(*shape: int) -> Array:
     """Multiples of 3 h in random order: no step of h changes which value of a window is the largest."""
     order = random(f"distinct {shape}").permutation(int(np.prod(shape))).reshape(shape)
     return ((order - order.size // 2) * 3 * H).astype(np.float32)
+
+
+def inside_one(*shape: int) -> Array:
+    """In [-0.6, 0.6]."""
+    return random(f"inside {shape}").uniform(-0.6, 0.6, shape).astype(np.float32)
 
 
 def scalar(value: float) -> Array:
@@ -213,17 +219,100 @@ def elementwise() -> dict[str, Case]:
         "Softmax-inner-axis": Case("Softmax", (signed(2, 3, 4),), {"axis": 1}),
         "LogSoftmax": Case("LogSoftmax", (signed(3, 5),), {"axis": -1}),
         "LogSoftmax-inner-axis": Case("LogSoftmax", (signed(2, 3, 4),), {"axis": 1}),
-        "HardSwish": Case("HardSwish", (around_bends(4, 6),)),
-        "HardSigmoid-default": Case("HardSigmoid", (around_bends(4, 6),)),
-        "HardSigmoid-mobilenet": Case("HardSigmoid", (around_bends(4, 6),), {"alpha": 1 / 6, "beta": 0.5}),
-        "LayerNormalization-last": normalization(signed(3, 5), -1),
-        "LayerNormalization-two": normalization(signed(2, 3, 4), 1),
     }
 
 
-def normalization(x: Array, axis: int) -> Case:
-    scale, shift = above_one(*x.shape[axis:]), signed(*x.shape[axis:])
-    return Case("LayerNormalization", (x, scale, shift), {"axis": axis, "epsilon": 1e-3})
+def smooth() -> dict[str, Case]:
+    """Operators on one value each, and their attributes."""
+    near, wide, bends = inside_one(3, 5), signed(3, 5), around_bends(4, 6)
+    domains = {
+        **dict.fromkeys(("Acos", "Asin", "Atanh", "Tan"), near),
+        **{op: above_one(3, 5) + np.float32(0.5) for op in ("Acosh", "Reciprocal")},
+        **dict.fromkeys(("Asinh", "Atan", "Cos", "Cosh", "Sin", "Sinh", "Softplus", "Softsign", "Mish"), wide),
+        **dict.fromkeys(("Elu", "Selu", "Celu"), wide),
+        **dict.fromkeys(("HardSwish", "HardSigmoid"), bends),
+    }
+    return {
+        **{op: Case(op, (values,), opset=18) for op, values in domains.items()},
+        "CastLike": Case("CastLike", (wide, scalar(1)), fixed=(1,)),
+        "Celu-alpha": Case("Celu", (wide,), {"alpha": 0.5}),
+        "Dropout": Case("Dropout", (wide,), ingested=False),
+        "Dropout-with-mask": Case("Dropout", (wide, scalar(0.5), np.array(False)), fixed=(1,), outputs=2),
+        "Elu-alpha": Case("Elu", (wide,), {"alpha": 2.5}),
+        "Gelu": Case("Gelu", (wide,), opset=20),
+        "Gelu-tanh": Case("Gelu", (wide,), {"approximate": "tanh"}, opset=20),
+        "HardSigmoid-mobilenet": Case("HardSigmoid", (bends,), {"alpha": 1 / 6, "beta": 0.5}),
+        "Selu-constants": Case("Selu", (wide,), {"alpha": 1.25, "gamma": 0.75}),
+        "Shrink": Case("Shrink", (around_clip(4, 5),), {"lambd": 1.0, "bias": 0.5}),
+        "Shrink-default": Case("Shrink", (around_clip(4, 5) - np.float32(0.5),)),
+        "ThresholdedRelu": Case("ThresholdedRelu", (around_clip(4, 5),)),
+        "ThresholdedRelu-alpha": Case("ThresholdedRelu", (around_clip(4, 5),), {"alpha": -1.0}),
+    }
+
+
+def several() -> dict[str, Case]:
+    """Operators on several values, with operands that broadcast."""
+    x, row, column = signed(2, 3, 4), signed(4), signed(2, 1, 1)
+    apart, condition = distinct(5, 3, 4), random("where").random((2, 1, 4)) < 0.5
+    tie = np.array([[1, 2, 3], [3, 2, 1]], np.float32)
+    return {
+        **{f"{op}-three": Case(op, (x, row, column)) for op in ("Sum", "Mean")},
+        **{f"{op}-one": Case(op, (x,)) for op in ("Sum", "Mean", "Max", "Min")},
+        **{f"{op}-batch": Case(op, (signed(1, 3, 4), row), dynamic=True) for op in ("Sum", "Mean")},
+        **{f"{op}-three": Case(op, (apart[:2], apart[2:3] - 1, apart[4, 0] + 1)) for op in ("Max", "Min")},
+        **{f"{op}-scalar": Case(op, (tie, scalar(2.5))) for op in ("Max", "Min")},
+        "Clip-trained-bounds": Case("Clip", (around_clip(4, 5), scalar(-1), scalar(1))),
+        "Clip-trained-low": Case("Clip", (around_clip(4, 5), scalar(-1))),
+        "Clip-trained-high": Case("Clip", (around_clip(4, 5), None, scalar(1))),
+        "Mod": Case("Mod", (np.array([[2.7, -3.4], [4.6, -5.2]], np.float32), scalar(2)), {"fmod": 1}),
+        "Mod-broadcast": Case("Mod", (scalar(5.3), np.array([2, -2, 3], np.float32)), {"fmod": 1}),
+        "PRelu": Case("PRelu", (x, signed(2, 3, 4) / 2)),
+        "PRelu-channels": Case("PRelu", (X, signed(4, 1, 1)), dynamic=True),
+        "PRelu-scalar": Case("PRelu", (x, scalar(0.25))),
+        "Pow-trained-exponent": Case("Pow", (above_one(2, 3, 4), signed(2, 3, 4))),
+        "Pow-broadcast-both": Case("Pow", (above_one(2, 1, 1), signed(4))),
+        "Pow-broadcast-base": Case("Pow", (above_one(4), signed(2, 3, 1)), fixed=(1,)),
+        "Pow-scalar-base": Case("Pow", (scalar(1.5), signed(2, 3))),
+        "Where-broadcast": Case("Where", (condition, signed(3, 1), signed(2, 3, 4))),
+        "Where-scalar": Case("Where", (condition, scalar(0.5), signed(2, 1, 4))),
+        "Where-broadcast-condition": Case("Where", (np.array(True), signed(3, 1), signed(1, 4)), fixed=(2,)),
+        "Where-batch": Case("Where", (condition[:1], signed(1, 3, 4), row), dynamic=True),
+    }
+
+
+def normalizations() -> dict[str, Case]:
+    x, image = signed(2, 3, 4), signed(2, 4, 3, 2)
+
+    def layer(x: Array, axis: int, bias: bool = True, opset: int = 17) -> Case:
+        shape = x.shape[axis:]
+        operands = (x, above_one(*shape), *([signed(*shape)] if bias else []))
+        return Case("LayerNormalization", operands, {"axis": axis, "epsilon": 1e-3}, opset=opset)
+
+    def per_channel(op: str, x: Array, size: int, opset: int = 17, **attributes: Any) -> Case:
+        return Case(op, (x, above_one(size), signed(size)), {"epsilon": 1e-3, **attributes}, opset=opset)
+
+    statistics = (above_one(4), signed(4), signed(4) + 1, above_one(4))
+    return {
+        "LayerNormalization-last": layer(signed(3, 5), -1),
+        "LayerNormalization-two": layer(x, 1),
+        "LayerNormalization-two-negative": layer(x, -2),
+        "LayerNormalization-no-bias": layer(x, -1, bias=False),
+        "LayerNormalization-no-bias-two": layer(x, 1, bias=False, opset=18),
+        "InstanceNormalization": per_channel("InstanceNormalization", image, 4),
+        "InstanceNormalization-1d": per_channel("InstanceNormalization", signed(2, 3, 5), 3),
+        "InstanceNormalization-opset-18": per_channel("InstanceNormalization", image, 4, opset=18),
+        "GroupNormalization": per_channel("GroupNormalization", image, 4, opset=21, num_groups=2),
+        "GroupNormalization-one": per_channel("GroupNormalization", signed(2, 3, 5), 3, opset=21, num_groups=1),
+        "BatchNormalization": Case("BatchNormalization", (image, *statistics), {"epsilon": 1e-3}, ingested=False),
+        "BatchNormalization-default": Case(
+            "BatchNormalization", (signed(3, 4), *statistics), fixed=(3, 4), ingested=False
+        ),
+        "LpNormalization": Case("LpNormalization", (x,)),
+        "LpNormalization-1": Case("LpNormalization", (x,), {"p": 1, "axis": 1}),
+        "LpNormalization-inner": Case("LpNormalization", (x,), {"p": 2, "axis": -2}),
+        "MeanVarianceNormalization": Case("MeanVarianceNormalization", (image,), ingested=False),
+        "MeanVarianceNormalization-axes": Case("MeanVarianceNormalization", (image,), {"axes": [1, -1]}),
+    }
 
 
 def reductions() -> dict[str, Case]:
@@ -235,6 +324,38 @@ def reductions() -> dict[str, Case]:
         "ReduceSum": Case("ReduceSum", (X, ints(1, -1)), {"keepdims": 0}),
         "ReduceSum-noop": Case("ReduceSum", (X, ints()), {"noop_with_empty_axes": 1}),
         "ReduceSum-keep": Case("ReduceSum", (X, ints(2)), {"keepdims": 1}),
+        "ReduceMean-noop": Case("ReduceMean", (X, ints()), {"noop_with_empty_axes": 1}, opset=18),
+        "GlobalMaxPool": Case("GlobalMaxPool", (distinct(1, 2, 3, 4),), dynamic=True),
+        "GlobalMaxPool-1d": Case("GlobalMaxPool", (distinct(2, 3, 4),)),
+        "GlobalLpPool": Case("GlobalLpPool", (above_one(1, 2, 3, 2),), dynamic=True),
+        "GlobalLpPool-3": Case("GlobalLpPool", (signed(1, 2, 3, 2),), {"p": 3}),
+        "GlobalLpPool-1": Case("GlobalLpPool", (signed(1, 2, 3, 2),), {"p": 1}),
+        **{f"{op}-{name}": case for op in REDUCED for name, case in reduced(op).items()},
+        "ReduceProd-one-zero": Case("ReduceProd", (np.array([[2, 0, 3], [1, 2, 0.5]], np.float32),), {"axes": [1]}),
+        "ReduceProd-two-zeros": Case("ReduceProd", (np.array([[2, 0, 0], [1, 2, 0.5]], np.float32),), {"axes": [1]}),
+        "ReduceL2-large": Case("ReduceL2", (signed(2, 3, 4) + 2,), {"axes": [0]}),
+    }
+
+
+REDUCED = (
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd"),
+    "ReduceSumSquare",
+)
+
+
+def reduced(op: str) -> dict[str, Case]:
+    """The forms of a reduction: axes as attribute and as input, kept or not, none and negative."""
+    x = distinct(2, 3, 4) if op in ("ReduceMax", "ReduceMin") else above_one(2, 3, 4)
+    return {
+        "default": Case(op, (x,)),
+        "axes": Case(op, (x,), {"axes": [1]}),
+        "negative-axes": Case(op, (x,), {"axes": [-1, 0], "keepdims": 0}),
+        "all": Case(op, (x,), {"keepdims": 0}),
+        "input": Case(op, (x, ints(-2)), opset=18),
+        "input-not-kept": Case(op, (x, ints(2, 0)), {"keepdims": 0}, opset=18),
+        "input-empty": Case(op, (x, ints()), {"keepdims": 0}, opset=18),
+        "noop": Case(op, (x, ints()), {"noop_with_empty_axes": 1}, opset=18),
+        "batch": Case(op, (x[:1],), {"axes": [1, 2], "keepdims": 0}, dynamic=True),
     }
 
 
@@ -316,6 +437,9 @@ CASES = {
     **convolutions(),
     **matrices(),
     **elementwise(),
+    **smooth(),
+    **several(),
+    **normalizations(),
     **reductions(),
     **moves(),
     **max_pools(),

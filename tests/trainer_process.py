@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from onnxqt.model import editable
+from onnxqt.model import Model, editable
 from onnxqt.trim import finish_training
-from onnxqt.trim.gradients import make_differentiable, static_rules
+from onnxqt.trim.gradients import find_flow, make_differentiable, static_rules
 from onnxqt.trim.quantizers import functions
 from onnxqt.trim.worker import Trainer
 
@@ -27,9 +27,9 @@ def step(folder: Path) -> None:
     forward = onnx.load(folder / "forward.onnx")
     parameters = [tensor.name for tensor in forward.graph.initializer if tensor.name.startswith("p")]
     graph = editable(forward)
-    rules, wrappers = make_differentiable(graph)
+    registrations, wrappers = make_differentiable(graph, find_flow(Model(forward, ""), parameters, ["loss"]))
     onnx.save(finish_training(graph, [*functions(graph.opset), *wrappers]), folder / "graph.onnx")
-    trainer = Trainer(folder / "graph.onnx", parameters, [*static_rules(), *rules])
+    trainer = Trainer(folder / "graph.onnx", parameters, [*static_rules(), *registrations])
     with np.load(folder / "feeds.npz") as file:
         feeds = dict(file)
     evaluated = trainer.evaluate(feeds)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
 from onnxqt.schemes import Scheme
 from onnxqt.trim import job as jobs
-from onnxqt.trim.gradients import DOMAIN, Rule, check_differentiable, make_differentiable, static_rules
+from onnxqt.trim.gradients import DOMAIN, Flow, Registration, find_flow, make_differentiable, static_rules
 from onnxqt.trim.losses import LossName, Target, add_loss, find_targets
 from onnxqt.trim.quantizers import functions, insert
 
@@ -70,6 +70,8 @@ class Trimmed:
         seconds: time spent in training.
         step_ms_median: time of a forward, backward and update, in milliseconds.
         helped: whether the best weights lose less than the untouched ones on the held-out samples, by scheme.
+        untouched: why a weight or bias was not trained, by its name; they are as they were, whatever the scheme.
+        reason: why nothing was trained; None if something was.
         history: the worker's reports.
     """
 
@@ -79,7 +81,24 @@ class Trimmed:
     seconds: float
     step_ms_median: float
     helped: Mapping[str, bool]
+    untouched: Mapping[str, str] = field(default_factory=dict)
+    reason: str | None = None
     history: tuple[dict[str, Any], ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What training can move.
+
+    Attributes:
+        trained: the weights and biases that it moves.
+        untouched: why not, for each of the others by its name.
+        reason: why it moves nothing at all; None if it moves something.
+    """
+
+    trained: tuple[str, ...]
+    untouched: Mapping[str, str]
+    reason: str | None = None
 
 
 Progress = Callable[[dict[str, Any]], None]
@@ -105,73 +124,85 @@ def trim(
         folder: an existing folder for the run's files.
         progress: called with each report of the worker, a dict with `event`: start, step, evaluate, done.
 
+    Returns:
+        The outcome; without a step, and with the reason, if no gradient reaches a weight.
+
     Raises:
-        TrainingError: if an operator has no gradient, the loss diverges, or the process dies; the last
-            and the best checkpoint until then are `last.onnx` and `best.onnx` in `folder`.
+        TrainingError: if the loss diverges or the process dies; the last and the best checkpoint until then
+            are `last.onnx` and `best.onnx` in `folder`.
     """
-    check_trainable(model, plan, settings.loss)
+    scope = check_trainable(model, plan, settings.loss)
+    if scope.reason is not None:
+        return _nothing_trained(model, settings.schemes, scope)
+    graph, registrations = training_graph(model, plan, settings.loss)
     targets = _targets(model, settings.loss)
-    parameters = trainable(plan)
-    graph, rules = training_graph(model, plan, targets, settings.loss)
     onnx.save(graph, folder / jobs.GRAPH)
     onnx.save(model.proto, folder / jobs.START)
     for index, scheme in enumerate(settings.schemes):
         jobs.write_activations(folder, index, activation_params(plan, ranges, scheme, settings.method))
     for stale in (jobs.BEST, jobs.LAST):
         (folder / stale).unlink(missing_ok=True)
-    jobs.write(folder, _job(data, settings, targets, tuple(parameters), tuple(rules)))
+    jobs.write(folder, _job(data, settings, targets, scope.trained, tuple(registrations)))
     history: list[dict[str, Any]] = []
     for report in _reports(folder):
         history.append(report)
         progress(report)
     trimmed = _outcome(model, settings.schemes, folder, history)
     jobs.tidy(folder)
-    return trimmed
+    return replace(trimmed, untouched=scope.untouched)
 
 
-def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> None:
-    """Refuse what cannot be fine-tuned, before any work is done.
+def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> Reach:
+    """What training can move; refuses what cannot be fine-tuned as asked, before any work is done.
 
     Raises:
         InstallationError: if the training package is absent.
-        TrainingError: if there is nothing to train or to compare, or an operator on the way has no gradient.
+        TrainingError: if the loss does not fit the model's outputs.
     """
     check_trainer()
-    _targets(model, loss)
-    graph = model.graph
-    moving = set(trainable(plan))
-    for node in graph.nodes:
-        if not any(tensor in moving for tensor in (*node.inputs, *node.captured)):
-            continue
-        results = [
-            tensor for tensor in node.outputs if tensor and (graph.is_float(tensor) or not graph.is_typed(tensor))
-        ]
-        if results:
-            check_differentiable(node, graph, moving)
-            moving.update(results)
+    return reach(model, plan, loss)
+
+
+def reach(model: Model, plan: QuantPlan, loss: LossName) -> Reach:
+    """Which weights and biases training can move, and why not the others; nothing is edited or run for it.
+
+    Raises:
+        TrainingError: if the loss does not fit the model's outputs.
+    """
+    names = trainable(plan)
+    if not names:
+        return Reach((), {}, "the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight to train")
+    if not _targets(model, loss):
+        reason = "the model has no float output to compare with the original's"
+        return Reach((), dict.fromkeys(names, reason), reason)
+    flow = _flow(model, plan, loss)
+    trained = tuple(name for name in names if name in flow.reached)
+    elsewhere = "no output that is compared depends on it"
+    untouched = {name: flow.lost.get(name, elsewhere) for name in names if name not in flow.reached}
+    if trained:
+        return Reach(trained, untouched)
+    return Reach((), untouched, f"no gradient reaches a weight: {untouched[names[0]]}")
+
+
+def _flow(model: Model, plan: QuantPlan, loss: LossName) -> Flow:
+    return find_flow(model, trainable(plan), [target.output for target in _targets(model, loss)])
 
 
 def trainable(plan: QuantPlan) -> list[str]:
-    """Initializers that training moves: the weights and biases of the integer nodes."""
-    names: dict[str, None] = {}
-    for node in plan.integer_nodes:
-        if node.weight:
-            names.update(dict.fromkeys([node.weight.tensor, *([node.bias] if node.bias else [])]))
-    if not names:
-        raise TrainingError("the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight to train")
-    return list(names)
+    """Initializers that training moves where a gradient reaches them: the weights and biases of integer nodes."""
+    nodes = [node for node in plan.integer_nodes if node.weight]
+    names = [name for node in nodes for name in (node.weight.tensor if node.weight else None, node.bias) if name]
+    return list(dict.fromkeys(names))
 
 
-def training_graph(
-    model: Model, plan: QuantPlan, targets: tuple[Target, ...], loss: LossName
-) -> tuple[onnx.ModelProto, list[Rule]]:
-    """The float model with its quantizers and loss, and the gradient rules that it needs."""
+def training_graph(model: Model, plan: QuantPlan, loss: LossName) -> tuple[onnx.ModelProto, list[Registration]]:
+    """The float model with its quantizers and loss, and the gradients to register."""
     graph = editable(model.proto)
     insert(graph, plan)
-    add_loss(graph, targets, loss)
-    rules, wrappers = make_differentiable(graph)
+    add_loss(graph, _targets(model, loss), loss)
+    registrations, wrappers = make_differentiable(graph, _flow(model, plan, loss))
     proto = finish_training(graph, [*functions(model.opset), *wrappers])
-    return proto, [*static_rules(), *rules]
+    return proto, [*static_rules(), *registrations]
 
 
 def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.ModelProto:
@@ -185,8 +216,6 @@ def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.Mo
 
 def _targets(model: Model, loss: LossName) -> tuple[Target, ...]:
     targets = find_targets(model)
-    if not targets:
-        raise TrainingError("the model has no float output to compare with the original's")
     if loss == "distill":
         return targets
     scores = [target for target in targets if target.kind != "values"]
@@ -203,7 +232,7 @@ def _job(
     settings: TrimSettings,
     targets: tuple[Target, ...],
     parameters: tuple[str, ...],
-    rules: tuple[Rule, ...],
+    registrations: tuple[Registration, ...],
 ) -> jobs.Job:
     return jobs.Job(
         data=os.fspath(data.resolve()),
@@ -215,7 +244,7 @@ def _job(
         schemes=tuple(str(scheme) for scheme in settings.schemes),
         targets=targets,
         parameters=parameters,
-        rules=rules,
+        registrations=registrations,
         held_fraction=HELD_FRACTION,
         held_limit=HELD_LIMIT,
         refresh_every=REFRESH_EVERY,
@@ -250,6 +279,20 @@ def _obituary(folder: Path, code: int) -> str:
     kept = folder / jobs.LAST
     rest = f"its last checkpoint is '{kept}'" if kept.exists() else "it had saved nothing yet"
     return f"the training process {how}; {rest}, its messages in '{folder / jobs.LOG}'"
+
+
+def _nothing_trained(model: Model, schemes: tuple[Scheme, ...], scope: Reach) -> Trimmed:
+    """The model as it is."""
+    return Trimmed(
+        model,
+        steps=0,
+        best_step=0,
+        seconds=0.0,
+        step_ms_median=0.0,
+        helped={str(scheme): False for scheme in schemes},
+        untouched=scope.untouched,
+        reason=scope.reason,
+    )
 
 
 def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: list[dict[str, Any]]) -> Trimmed:

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxqt.numerics import Grid, QParams
-from onnxqt.trim.gradients import Rule, RuleNode
+from onnxqt.trim.gradients.rule import Registration
 from onnxqt.trim.losses import LossName, Target
 
 START = "start.onnx"
@@ -34,7 +35,7 @@ class Job:
     schemes: tuple[str, ...]
     targets: tuple[Target, ...]
     parameters: tuple[str, ...]
-    rules: tuple[Rule, ...]
+    registrations: tuple[Registration, ...]
     held_fraction: float
     held_limit: int
     refresh_every: int
@@ -52,16 +53,13 @@ def read(folder: Path) -> Job:
     plain["schemes"] = tuple(plain["schemes"])
     plain["parameters"] = tuple(plain["parameters"])
     plain["targets"] = tuple(Target(**target) for target in plain["targets"])
-    plain["rules"] = tuple(
-        Rule(rule["key"], tuple(_rule_node(node) for node in rule["nodes"])) for rule in plain["rules"]
-    )
+    plain["registrations"] = tuple(_registration(fields) for fields in plain["registrations"])
     return Job(**plain)
 
 
-def _rule_node(plain: dict[str, object]) -> RuleNode:
-    node = RuleNode(**plain)  # type: ignore[arg-type]  # written by `write`
-    attributes = {name: (value, kind, tensor) for name, (value, kind, tensor) in node.attributes.items()}
-    return RuleNode(node.op_type, tuple(node.inputs), tuple(node.outputs), attributes)
+def _registration(fields: dict[str, Any]) -> Registration:
+    lists = {name: tuple(fields[name]) for name in ("inputs", "outputs")}
+    return Registration(**{**fields, **lists})
 
 
 def tidy(folder: Path) -> None:

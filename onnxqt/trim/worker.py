@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +29,7 @@ from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.runtime import MAX_IR_VERSION, Session
 from onnxqt.schemes import Scheme, parse_scheme
 from onnxqt.trim import job as jobs
-from onnxqt.trim.gradients import Rule
+from onnxqt.trim.gradients.rule import Registration
 from onnxqt.trim.losses import target_feeds
 from onnxqt.trim.quantizers import BLEND, feeds, prune_feeds
 from onnxqt.trim.schedule import Schedule
@@ -47,38 +48,29 @@ def _import_training() -> tuple[Any, Any, Any]:
     return artifacts, onnxblock, api
 
 
-def register(rules: list[Rule]) -> None:
-    """Make gradient rules known to the gradient builder of this process."""
+def register(registrations: list[Registration]) -> None:
+    """Make gradients known to the gradient builder of this process."""
     from onnxruntime.capi import _pybind_state as c_api
 
-    for rule in rules:
-        definitions = []
-        for node in rule.nodes:
-            definition = c_api.GradientNodeDefinition()
-            definition.op_type, definition.domain = node.op_type, ""
-            definition.inputs, definition.outputs = list(node.inputs), list(node.outputs)
-            attributes = []
-            for name, (value, kind, is_tensor) in node.attributes.items():
-                attribute = c_api.GradientNodeAttributeDefinition()
-                attribute.name, attribute.value_json = name, json.dumps(value)
-                attribute.dtype, attribute.is_tensor = kind, is_tensor
-                attributes.append(attribute)
-            definition.attributes = attributes
-            definitions.append(definition)
-        c_api.register_gradient_definition(rule.key, definitions)
+    for registration in registrations:
+        definition = c_api.GradientNodeDefinition()
+        definition.op_type, definition.domain = registration.op_type, registration.domain
+        definition.inputs, definition.outputs = list(registration.inputs), list(registration.outputs)
+        definition.attributes = []
+        c_api.register_gradient_definition(registration.key, [definition])
 
 
 class Trainer:
     """A training graph with its optimizer: forward, backward and update in one call."""
 
-    def __init__(self, graph: Path, parameters: list[str], rules: list[Rule]) -> None:
+    def __init__(self, graph: Path, parameters: list[str], registrations: list[Registration]) -> None:
         artifacts, onnxblock, api = _import_training()
 
         class PassThrough(onnxblock.Block):  # type: ignore[misc, name-defined]  # the graph ends in its loss
             def build(self, loss: str) -> str:
                 return loss
 
-        register(rules)
+        register(registrations)
         folder = graph.parent
         artifacts.generate_artifacts(
             onnx.load(graph),
@@ -137,6 +129,12 @@ class Task:
     held: Samples
     power: dict[str, float]
 
+    @cached_property
+    def fixed(self) -> dict[str, Array]:
+        """The quantized weights that no gradient reaches."""
+        values = {name: self.model.graph.constant(name) for name in self.shapes}
+        return {name: value for name, value in values.items() if value is not None and name not in self.job.parameters}
+
     def batch_feeds(self, batch: Batch) -> dict[str, Array]:
         """Model inputs and targets of a batch."""
         original = self.teacher.run(batch.inputs)
@@ -176,16 +174,19 @@ class Ranges:
 
     def __init__(self, task: Task, parameters: dict[str, Array]) -> None:
         self._task = task
-        self.clips = {name: np.asarray(np.abs(parameters[name]).max(), np.float32) for name in task.shapes}
+        weights = {**task.fixed, **parameters}
+        self.clips = {name: np.asarray(np.abs(weights[name]).max(), np.float32) for name in task.shapes}
         self.settings: list[dict[str, Array]] = []
         self._refresh_settings(parameters)
 
     def refresh(self, parameters: dict[str, Array]) -> None:
-        """Follow the weights: move each clip towards its new best value, then recompute every scale.
+        """Follow the trained weights: move each clip towards its new best value, then recompute every scale.
 
         tau <- 0.9 tau + 0.1 best
         """
         for name, clip in self.clips.items():
+            if name in self._task.fixed:
+                continue
             best = self._best_clip(parameters[name])
             self.clips[name] = np.asarray(_TAU_MEMORY * clip + (1 - _TAU_MEMORY) * best, np.float32)
         self._refresh_settings(parameters)
@@ -202,7 +203,8 @@ class Ranges:
 
     def _refresh_settings(self, parameters: dict[str, Array]) -> None:
         task = self._task
-        weights = {name: parameters[name] for name in task.shapes}
+        values = {**task.fixed, **parameters}
+        weights = {name: values[name] for name in task.shapes}
         pruned = folded(task, weights, self.clips)
         taus = prune_feeds(task.plan, task.shapes, self.clips)
         known: dict[tuple[int, bool], dict[str, QParams]] = {}
@@ -253,7 +255,7 @@ def run(folder: Path, report: TextIO) -> None:
     """
     task = load_task(folder)
     job, schedule = task.job, Schedule(task.job.steps)
-    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.rules))
+    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.registrations))
     ranges, held = Ranges(task, trainer.parameters()), HeldOut(task)
     losses = held.losses(trainer, ranges)
     best = float(losses.mean())
