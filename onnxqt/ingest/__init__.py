@@ -17,6 +17,7 @@ from onnxqt.ingest.constants import fold_constants, remove_identities
 from onnxqt.ingest.files import read
 from onnxqt.ingest.precision import to_float32
 from onnxqt.ingest.shapes import fold_shapes
+from onnxqt.ingest.units import fuse_activations, fuse_layer_norm, merge_clamps
 from onnxqt.ingest.weights import separate_weights
 from onnxqt.model import Model, convert_opset, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
 from onnxqt.runtime import MAX_OPSET
@@ -30,6 +31,9 @@ PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
     fold_shapes,
     fold_constants,
     remove_identities,
+    fuse_layer_norm,
+    merge_clamps,
+    fuse_activations,
     fold_batch_norm,
     fold_affine,
     fold_gemm_factors,
