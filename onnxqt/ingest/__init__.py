@@ -15,6 +15,7 @@ from onnxqt.errors import ModelError, first_line
 from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
 from onnxqt.ingest.constants import fold_constants, remove_identities
 from onnxqt.ingest.files import read
+from onnxqt.ingest.pads import fold_pads
 from onnxqt.ingest.precision import to_float32
 from onnxqt.ingest.shapes import fold_shapes
 from onnxqt.ingest.units import fuse_activations, fuse_layer_norm, merge_clamps
@@ -34,6 +35,7 @@ PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
     fuse_layer_norm,
     merge_clamps,
     fuse_activations,
+    fold_pads,
     fold_batch_norm,
     fold_affine,
     fold_gemm_factors,
