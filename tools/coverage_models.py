@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 PACKAGED_SETS = ("simple", "pytorch-converted", "pytorch-operator", "light")
-SETS = ("node", *PACKAGED_SETS, "zoo")
+SETS = ("node", "zoo", *PACKAGED_SETS)
 
 BATCH = 4
 SAMPLES = 8  # at least
