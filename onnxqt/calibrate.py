@@ -6,6 +6,7 @@ number. This is the only module where a scale is computed from a range.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ PERCENTILE = 99.99
 _MIN_SCALE = np.float32(2.0**-40)  # so that the product of two scales stays a normal float32
 _MAX_BIAS_CODE = 2**30  # leaves the other half of INT32 to the products
 _FRACTIONS = np.linspace(1.0, 0.1, 91)  # of the observed range: the clips that a search tries
+_CLIP_SAMPLE = 1 << 20  # values of a weight that a search for its clip looks at
 _WEIGHT_FRACTIONS = np.linspace(1.0, 0.3, 36)
 
 Interval = tuple[float, float]
@@ -101,6 +103,18 @@ class RangeTable:
 
     tensors: Mapping[str, TensorRange]
     samples: int
+
+    @cached_property
+    def _params(self) -> dict[tuple[tuple[str, ...], Grid, RangeMethod], QParams]:
+        """Parameters that were asked for before; schemes that differ in the weights alone share them."""
+        return {}
+
+    def params(self, plan: QuantPlan, group: str, grid: Grid, method: RangeMethod) -> QParams:
+        """The parameters of all tensors that share a grid."""
+        key = (tuple(tensors_of_group(plan, group)), grid, method)
+        if key not in self._params:
+            self._params[key] = range_params(*clip_range(self.of_group(plan, group), grid, method), grid)
+        return self._params[key]
 
     def merge(self, other: "RangeTable") -> "RangeTable":
         """The table of both sets of samples together."""
@@ -185,8 +199,7 @@ def activation_params(plan: QuantPlan, ranges: RangeTable, scheme: Scheme, metho
     for site in plan.activations:
         if site.group not in groups:
             grid = scheme.io_grid if site.io else scheme.activation_grid
-            seen = ranges.of_group(plan, site.group)
-            groups[site.group] = range_params(*clip_range(seen, grid, method), grid)
+            groups[site.group] = ranges.params(plan, site.group, grid, method)
     return {site.tensor: groups[site.group] for site in plan.activations}
 
 
@@ -313,8 +326,11 @@ def best_clip(weight: Array, grid: Grid, power: int) -> FloatArray:
     """The fraction of absmax, 1 included, that a symmetric grid should keep of a whole weight: float32 ().
 
     clip = argmin over c of  sum |fake_quantize(w, c / qmax) - w|^power
+
+    The sum runs over at most 2^20 values, evenly spaced.
     """
     largest = np.float32(np.abs(weight).max() or 1.0)
+    weight = weight.ravel()[:: -(-weight.size // _CLIP_SAMPLE)]
     zero = np.zeros((), np.int32)
 
     def cost(clip: np.float32) -> float:

@@ -4,12 +4,16 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from onnxqt.errors import ExportError
+from onnxqt.tensors import is_external, raw_bytes, set_external
+
+_ALIGNMENT = 4096  # of external values, so that they can be mapped into memory
 
 
 def make_folder(path: Path) -> Path:
@@ -29,12 +33,39 @@ def make_folder(path: Path) -> Path:
 
 
 def write_model(path: Path, proto: onnx.ModelProto) -> None:
-    """Write a model; the same model gives the same bytes.
+    """Write a model; the same model gives the same bytes. Weights outside it go into `<name>.data` beside it.
 
     Raises:
-        ExportError: if the file cannot be written.
+        ExportError: if a file cannot be written.
     """
-    _write(path, proto.SerializeToString(deterministic=True))
+    external = [tensor for tensor in proto.graph.initializer if is_external(tensor)]
+    if external:
+        data = path.with_suffix(".data")
+        with _replacing(data) as temporary:
+            offsets = _copy_values(external, temporary)
+        proto = _relocated(proto, data.name, offsets)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _copy_values(tensors: list[onnx.TensorProto], path: Path) -> dict[str, int]:
+    """Write the values of external tensors one behind the other; returns where each begins, by name."""
+    offsets = {}
+    with path.open("wb") as file:
+        for tensor in tensors:
+            file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            offsets[tensor.name] = file.tell()
+            file.write(raw_bytes(tensor))
+    return offsets
+
+
+def _relocated(proto: onnx.ModelProto, location: str, offsets: dict[str, int]) -> onnx.ModelProto:
+    moved = onnx.ModelProto()
+    moved.CopyFrom(proto)
+    for tensor in moved.graph.initializer:
+        if tensor.name in offsets:
+            set_external(tensor, location, offsets[tensor.name])
+    return moved
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,18 +74,25 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         ExportError: if the file cannot be written.
     """
-    _write(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    with _replacing(path) as temporary:
+        temporary.write_bytes((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` in the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -8,14 +8,14 @@ from functools import cached_property
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, numpy_helper, version_converter
+from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxqt.data import InputSpec
-from onnxqt.errors import ModelError, first_line
 from onnxqt.numerics import Array
 from onnxqt.ops import Attributes
 from onnxqt.runtime import MAX_IR_VERSION
+from onnxqt.tensors import FileValues, is_external, values_of, with_large, without_large
 
 G_LOGGER.severity = G_LOGGER.CRITICAL  # it prints to stdout, which is the caller's
 
@@ -93,7 +93,7 @@ class GraphIndex:
     def constant(self, tensor: str) -> Array | None:
         """Value of an initializer, None for anything computed."""
         initializer = self.initializers.get(tensor)
-        return None if initializer is None else numpy_helper.to_array(initializer)
+        return None if initializer is None else values_of(initializer)
 
     def shape(self, tensor: str) -> tuple[int | None, ...] | None:
         """Dimensions, None where symbolic; None altogether if not even the rank is known."""
@@ -132,25 +132,14 @@ def opset_of(proto: onnx.ModelProto) -> int:
     return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
-def convert_opset(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """The same model in another version of the default operator set.
-
-    Raises:
-        ModelError: if onnx has no conversion for one of the operators.
-    """
-    try:
-        return version_converter.convert_version(proto, version)
-    except Exception as error:  # the converter raises RuntimeError and C++ assertion texts
-        raise ModelError(
-            f"opset {opset_of(proto)} cannot be converted to {version} ({first_line(error)}): "
-            f"export the model with opset {version}"
-        ) from error
-
-
 def editable(proto: onnx.ModelProto) -> gs.Graph:
     """A graph to edit; the model stays as it is."""
     graph = gs.import_onnx(proto)
     graph.import_domains = list(proto.opset_import)  # graphsurgeon would add to the model's own list
+    tensors = graph.tensors()
+    for initializer in proto.graph.initializer:
+        if is_external(initializer) and initializer.name in tensors:
+            tensors[initializer.name].values = FileValues(initializer)
     return graph
 
 
@@ -175,7 +164,9 @@ def infer_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     kept = [value for value in proto.graph.value_info if value.name in foreign]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    lean = without_large(proto)
+    inferred = onnx.shape_inference.infer_shapes(lean, data_prop=True)
+    return inferred if lean is proto else with_large(inferred, proto)
 
 
 class Names:

@@ -139,23 +139,16 @@ def test_external_data_behind_a_link(tmp_path: Path) -> None:
     refused(path, "points to 'link.bin', outside the model's folder", "move the data file next to the model")
 
 
-@pytest.mark.parametrize(
-    ("length", "what", "remedy"),
-    [
-        (48, "external data of .* cannot be read .*5 bytes", "save the model again"),
-        (None, r"is not a valid ONNX model .*size \(5 bytes\) is too small", "export it again"),
-    ],
-)
-def test_external_data_too_short(tmp_path: Path, length: int | None, what: str, remedy: str) -> None:
+@pytest.mark.parametrize("length", [48, None])
+def test_external_data_too_short(tmp_path: Path, length: int | None) -> None:
     path = save_external(tmp_path, length=length)
     (tmp_path / "weights.bin").write_bytes(b"12345")
-    refused(path, what, remedy)
+    refused(path, "'w' of .* needs 48 bytes by its shape, .* 'weights.bin', which has 5", "save the model again")
 
 
-def test_more_weights_than_protobuf_can_hold(tmp_path: Path) -> None:
-    path = save_external(tmp_path)
-    os.truncate(tmp_path / "weights.bin", 3 * 2**30)  # sparse: takes no room on the disk
-    refused(path, r"has 3\.0 GiB with its weights", "smaller than 2 GiB")
+def test_external_data_of_another_length_than_the_shape(tmp_path: Path) -> None:
+    path = save_external(tmp_path, length=44)
+    refused(path, "'w' of .* needs 48 bytes by its shape, .* claims 44", "save the model again")
 
 
 # --- models that cannot be handled -----------------------------------------------------------------------------
@@ -226,8 +219,8 @@ def test_invalid_model(tmp_path: Path, text: str, what: str) -> None:
 
 
 def test_operator_without_an_older_form(tmp_path: Path) -> None:
-    model = build("(float[n,4] x) => (float[n,4] y) { y = Swish(x) }", opset=24)
-    refused(save(model, tmp_path), "opset 24 cannot be converted to 21 .*Swish", "export the model with opset 21")
+    model = build("(float[n,4] x) => (int32[n,4] y) { y = BitCast<to = 6>(x) }", opset=26)
+    refused(save(model, tmp_path), "opset 26 cannot be converted to 21 .*BitCast", "export the model with opset 21")
 
 
 def test_a_pass_that_breaks_the_graph_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqt.calibrate import Quantizers, bias_scale
 from onnxqt.errors import ExportError, first_line
-from onnxqt.model import Model, Names, convert_opset, editable, finish
+from onnxqt.model import Model, Names, editable, finish
 from onnxqt.numerics import Array, Grid, QParams, quantize
+from onnxqt.opset import convert_opset
 from onnxqt.plan import IntegerNode, QuantPlan, WeightSite
+from onnxqt.tensors import check_model, values_of
 
 INT4_OPSET = 21  # the first whose QuantizeLinear knows INT4 and UINT4
 _BIAS_GRID = Grid(32, signed=True)
@@ -29,8 +31,9 @@ _BIAS_GRID = Grid(32, signed=True)
 
 @dataclass(frozen=True, eq=False)
 class _Surgery:
-    """A graph under change: its tensors by their name in the float model, and names for new ones."""
+    """A graph under change: the float model, its tensors by their name there, and names for new ones."""
 
+    model: Model
     graph: gs.Graph
     tensors: Mapping[str, gs.Tensor]
     names: Names
@@ -52,7 +55,7 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
     elif int4 and model.opset < INT4_OPSET:
         proto = convert_opset(proto, INT4_OPSET)
     graph = editable(proto)
-    surgery = _Surgery(graph, graph.tensors(), Names(graph))
+    surgery = _Surgery(model, graph, graph.tensors(), Names(graph))
     for node in plan.integer_nodes:
         _quantize_bias(surgery, node, quantizers)
     for weight in plan.weights:
@@ -63,7 +66,7 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
     quantized = finish(graph)
     quantized.metadata_props.extend(model.proto.metadata_props)
     try:
-        onnx.checker.check_model(quantized)
+        check_model(quantized)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the quantized graph is not valid ONNX: {first_line(error)}") from error
     return quantized
@@ -107,7 +110,7 @@ def _quantize_weight(surgery: _Surgery, site: WeightSite, params: QParams, int4:
     weight = surgery.tensors[site.tensor]
     readers = list(weight.outputs)
     kind = TensorProto.INT4 if int4 and params.grid.bits <= 4 else TensorProto.INT8
-    codes = quantize(weight.values, params)
+    codes = quantize(values_of(surgery.model.graph.initializers[site.tensor]), params)
     if site.batched and params.axis is not None:
         rows = replace(params, axis=1)
         matrix = _dequantized(surgery, site.tensor, codes.reshape(-1, codes.shape[-1]), rows, kind)
@@ -169,7 +172,9 @@ def _dequantized(surgery: _Surgery, name: str, codes: Array, params: QParams, ki
 def _stored(name: str, codes: Array, kind: int) -> gs.Constant:
     """Codes in an element type. LazyValues because graphsurgeon would unpack 4-bit arrays."""
     if kind == TensorProto.INT4:
-        return gs.Constant(name, LazyValues(helper.make_tensor(name, kind, codes.shape, codes.ravel().tolist())))
+        nibbles = np.pad(codes.ravel(), (0, codes.size % 2)).astype(np.uint8) & 0x0F
+        packed = (nibbles[::2] | nibbles[1::2] << 4).tobytes()  # the low nibble first
+        return gs.Constant(name, LazyValues(helper.make_tensor(name, kind, codes.shape, packed, raw=True)))
     array = np.array(codes, helper.tensor_dtype_to_np_dtype(kind), order="C")
     return gs.Constant(name, LazyValues(numpy_helper.from_array(array, name)))
 

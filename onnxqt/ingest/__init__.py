@@ -20,8 +20,10 @@ from onnxqt.ingest.precision import to_float32
 from onnxqt.ingest.shapes import fold_shapes
 from onnxqt.ingest.units import fuse_activations, fuse_layer_norm, merge_clamps
 from onnxqt.ingest.weights import separate_weights
-from onnxqt.model import Model, convert_opset, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
+from onnxqt.model import Model, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
+from onnxqt.opset import convert_opset
 from onnxqt.runtime import MAX_OPSET
+from onnxqt.tensors import check_model
 
 MIN_OPSET = 17
 MAX_ROUNDS = 10
@@ -78,7 +80,7 @@ def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
             break
     proto.metadata_props.extend(metadata)
     try:
-        onnx.checker.check_model(proto)
+        check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"a pass broke the graph ({first_line(error)}): report the model") from error
     return proto, changes

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, external_data_helper
+from onnx import TensorProto
 
 from onnxqt.errors import ModelError, first_line
 from onnxqt.model import subgraphs_of
+from onnxqt.tensors import check_model, external_field, is_external, nbytes, raw_bytes, set_external
 
 _QUANTIZED = (
     "QuantizeLinear",
@@ -21,18 +22,23 @@ _QUANTIZED = (
 )
 
 
-_MAX_BYTES = 2**31  # of a protobuf message
+EMBED_LIMIT = 1 << 30  # bytes of external data up to which a model is held as one protobuf message
+_LARGE = 1 << 20  # bytes of a weight that stays in its file
 
 
 def read(path: Path) -> tuple[onnx.ModelProto, str]:
-    """The model in a file with all its weights, checked, and the SHA-256 digest of the file with its external data.
+    """The model in a file, checked, and the SHA-256 digest of the file with its external data.
+
+    The weights of a model of at least `EMBED_LIMIT` bytes stay in their files, see `onnxqt.tensors`.
 
     Raises:
         ModelError: for a file that cannot be read, is no valid ONNX model, or reaches out of its folder.
     """
     proto = _load(path)
-    digest = _sha256(path, [path, *_external_files(path, proto)])
-    _load_external_data(path, proto)
+    external = [tensor for tensor in _tensors(proto.graph) if is_external(tensor)]
+    files = dict.fromkeys(_find_file(path, tensor) for tensor in external)
+    digest = _sha256(path, [path, *files])
+    _embed(path, _staying(path, proto, external), external)
     _check(path, proto)
     return proto, digest
 
@@ -51,34 +57,52 @@ def _load(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _external_files(path: Path, proto: onnx.ModelProto) -> list[Path]:
-    """The files beside the model that hold its weights.
+def _find_file(path: Path, tensor: TensorProto) -> Path:
+    """The file beside the model that holds a weight.
 
     Raises:
-        ModelError: if one is missing or lies elsewhere, or the model is larger than protobuf can handle.
+        ModelError: if it is missing, lies elsewhere, or is smaller than the weight.
     """
     folder = path.parent.resolve()
-    found: dict[Path, None] = {}
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        file = (folder / location).resolve()
-        if not file.is_relative_to(folder):
-            raise ModelError(
-                f"weight '{tensor.name}' of '{path}' points to '{location}', outside the model's folder: "
-                "move the data file next to the model and save the model again"
-            )
-        if not file.is_file():
-            raise ModelError(
-                f"weight '{tensor.name}' of '{path}' is in the file '{location}', which is missing: "
-                "put it back next to the model"
-            )
-        found[file] = None
-    size = sum(file.stat().st_size for file in (path, *found))
-    if size >= _MAX_BYTES:
-        raise ModelError(f"'{path}' has {size / 2**30:.1f} GiB with its weights: models must be smaller than 2 GiB")
-    return list(found)
+    location = external_field(tensor, "location")
+    label = f"weight '{tensor.name}' of '{path}'"
+    file = (folder / location).resolve()
+    if not file.is_relative_to(folder):
+        raise ModelError(
+            f"{label} points to '{location}', outside the model's folder: "
+            "move the data file next to the model and save the model again"
+        )
+    if not file.is_file():
+        raise ModelError(f"{label} is in the file '{location}', which is missing: put it back next to the model")
+    offset, size = (_whole_number(label, tensor, key) for key in ("offset", "length"))
+    needed = nbytes(tensor)
+    if size not in (None, needed) or (offset or 0) + needed > file.stat().st_size:
+        raise ModelError(
+            f"{label} needs {needed} bytes by its shape, from byte {offset or 0} of '{location}', which has "
+            f"{file.stat().st_size}{'' if size is None else f', and claims {size}'}: save the model again"
+        )
+    return file
+
+
+def _whole_number(label: str, tensor: TensorProto, key: str) -> int | None:
+    text = external_field(tensor, key)
+    if text and not text.isdecimal():
+        raise ModelError(f"{label} has the external {key} '{text}', not a number of bytes: save the model again")
+    return int(text) if text else None
+
+
+def _staying(path: Path, proto: onnx.ModelProto, external: list[TensorProto]) -> set[str]:
+    """Names of the initializers that stay in their files: the large ones of a large model."""
+    if sum(map(nbytes, external)) < EMBED_LIMIT:
+        return set()
+    outer = {tensor.name for tensor in proto.graph.initializer if is_external(tensor) and nbytes(tensor) >= _LARGE}
+    rest = sum(nbytes(tensor) for tensor in external if tensor.name not in outer)
+    if rest >= EMBED_LIMIT:
+        raise ModelError(
+            f"'{path}' has {rest / 2**30:.1f} GiB of weights that are not initializers of its main graph, or small: "
+            "make them initializers of the main graph"
+        )
+    return outer
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
@@ -91,12 +115,22 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield from _tensors(subgraph)
 
 
-def _load_external_data(path: Path, proto: onnx.ModelProto) -> None:
+def _embed(path: Path, staying: set[str], external: list[TensorProto]) -> None:
+    """Load external data into the model, in place; what stays in its file gets the file's absolute path."""
+    for tensor in external:
+        set_external(tensor, str(_find_file(path, tensor)), int(external_field(tensor, "offset") or 0))
+        if tensor.name not in staying:
+            tensor.raw_data = _raw_bytes(path, tensor)
+            tensor.ClearField("external_data")
+            tensor.data_location = TensorProto.DEFAULT
+
+
+def _raw_bytes(path: Path, tensor: TensorProto) -> bytes:
     try:
-        external_data_helper.load_external_data_for_model(proto, str(path.parent))
-    except Exception as error:  # the helper raises whatever numpy, the file system or its own checks raise
+        return raw_bytes(tensor)
+    except OSError as error:
         raise ModelError(
-            f"the external data of '{path}' cannot be read ({first_line(error)}): save the model again"
+            f"the external data of '{path}' cannot be read ({error.strerror}): check its permissions"
         ) from error
 
 
@@ -119,7 +153,7 @@ def _check(path: Path, proto: onnx.ModelProto) -> None:
         name = proto.graph.sparse_initializer[0].values.name
         raise ModelError(f"weight '{name}' of '{path}' is sparse: export the model with dense weights")
     try:
-        onnx.checker.check_model(proto)
+        check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"'{path}' is not a valid ONNX model ({first_line(error)}): export it again") from error
     for node in proto.graph.node:
