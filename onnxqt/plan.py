@@ -6,6 +6,9 @@ The plan looks at the graph alone: it holds no data and no scales. Its rules:
   alone - a constant bias Add after MatMul, then Relu or Clip - is fused into it: no quantizer in between.
 * Add, Concat, pooling and free-standing Relu/Clip are integer where an operand is quantized anyway; operators
   that only move codes also need a reader of codes behind them. So no quantizer pair stands between float nodes.
+  For Concat that reader is an integer node: nothing else is worth a grid that its operands share, be they as
+  unlike as the boxes and the scores of a detector.
+* What is only compared, such as the condition of an If, is not rounded for it.
 * What moves codes between an input of the model and an integer node is integer: the model takes codes.
 * A tensor has one quantizer, whoever reads it.
 * Operators that move or select codes, and Concat, share one grid between inputs and output.
@@ -111,15 +114,22 @@ def make_plan(model: Model) -> QuantPlan:
     chosen = _choose(graph, candidates)
     fused = {name for node in chosen for name in node.followers}
     integer = {node.name for node in chosen} | fused
+    quantized = {tensor for node in chosen for tensor in (*node.inputs, node.output)}
     return QuantPlan(
         activations=_activation_sites(graph, chosen),
         integer_nodes=tuple(chosen),
         float_nodes=tuple(
-            FloatNode(node.name, node.op_type, reasons.get(node.name, "stands between float nodes"))
+            FloatNode(node.name, node.op_type, reasons.get(node.name) or _unpaid(node, quantized))
             for node in graph.nodes
             if node.name not in integer
         ),
     )
+
+
+def _unpaid(node: Node, quantized: set[str]) -> str:
+    """Why a node that could be integer is not."""
+    given = any(tensor in quantized for tensor in node.inputs)
+    return "no integer node reads its result" if given else "stands between float nodes"
 
 
 # --- one node: could it be integer? ---------------------------------------------------------------------
@@ -249,12 +259,14 @@ def _choose(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> list[Integ
     while True:
         fused = {name for node in chosen.values() for name in node.followers}
         quantized = {tensor for node in chosen.values() for tensor in (*node.inputs, node.output)}
-        wanted = _wanted(graph, candidates, chosen)
+        inputs = {tensor for node in chosen.values() for tensor in node.inputs}
+        read = _moved(graph, candidates, inputs, (Kind.SAME_GRID, Kind.CONCAT))
+        wanted = _moved(graph, candidates, {*read, *graph.outputs}, (Kind.SAME_GRID,))
         grown = {
             name: node
             for name, node in candidates.items()
             if name in chosen
-            or (name not in fused and _pays(node, quantized, wanted))
+            or (name not in fused and any(t in quantized for t in node.inputs) and _pays(graph, node, read, wanted))
             or (node.output in quantized and node.output in moved_inputs)
         }
         if len(grown) == len(chosen):
@@ -262,9 +274,30 @@ def _choose(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> list[Integ
         chosen = grown
 
 
-def _pays(node: IntegerNode, quantized: set[str], wanted: set[str]) -> bool:
-    moves = lookup(node.op_type).kind is Kind.SAME_GRID and node.op_type != "MaxPool"
-    return any(t in quantized for t in node.inputs) and (not moves or node.output in wanted)
+def _pays(graph: GraphIndex, node: IntegerNode, read: set[str], wanted: set[str]) -> bool:
+    """Whether a node behind quantized tensors should be integer.
+
+    Args:
+        graph: the graph around it.
+        node: the candidate.
+        read: tensors whose codes an integer node reads, directly or moved.
+        wanted: these, and those that the user reads.
+    """
+    kind = lookup(node.op_type).kind
+    if kind is Kind.CONCAT:
+        return node.output in read
+    if kind is Kind.SAME_GRID and node.op_type != "MaxPool":
+        return node.output in wanted
+    return not _only_compared(graph, node.output)
+
+
+def _only_compared(graph: GraphIndex, tensor: str) -> bool:
+    """Whether nothing but conditions, indices and shapes is made of a tensor."""
+    readers = graph.consumers.get(tensor, ())
+    if tensor in graph.outputs or not readers:
+        return False
+    results = [result for node in readers for result in node.outputs if result]
+    return all(graph.is_typed(result) and not graph.is_float(result) for result in results)
 
 
 def _moved_inputs(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> set[str]:
@@ -277,17 +310,16 @@ def _moved_inputs(graph: GraphIndex, candidates: dict[str, IntegerNode]) -> set[
     return moved
 
 
-def _wanted(graph: GraphIndex, candidates: dict[str, IntegerNode], chosen: dict[str, IntegerNode]) -> set[str]:
-    """Tensors whose codes someone reads: an integer node, the user, or a mover of codes for one of these."""
-    wanted = set(graph.outputs)
+def _moved(
+    graph: GraphIndex, candidates: dict[str, IntegerNode], tensors: set[str], kinds: tuple[Kind, ...]
+) -> set[str]:
+    """`tensors`, and those whose elements operators of these kinds move there."""
+    moved = set(tensors)
     for node in reversed(graph.nodes):
         candidate = candidates.get(node.name)
-        if candidate is None:
-            continue
-        moves = lookup(candidate.op_type).kind is Kind.SAME_GRID and candidate.output in wanted
-        if node.name in chosen or moves:
-            wanted.update(candidate.inputs)
-    return wanted
+        if candidate and lookup(candidate.op_type).kind in kinds and candidate.output in moved:
+            moved.update(candidate.inputs)
+    return moved
 
 
 def _without_fused(chosen: dict[str, IntegerNode]) -> list[IntegerNode]:

@@ -122,14 +122,15 @@ def test_a_number_of_samples_that_does_not_fill_the_last_batch(dimension: str) -
 
 
 def test_a_shared_grid_has_the_range_of_all_its_tensors() -> None:
-    text = "(float[n,4,6,6] x) => (float[] y) { a = Conv(x, w) b = Conv(x, v) y = Concat<axis = 1>(a, b) }"
-    prepared = prepare(build(text, {"w": normal(3, 4, 1, 1), "v": 9 * normal(2, 4, 1, 1, seed=1)}))
-    (group,) = {site.group for site in prepared.plan.activations if site.tensor != "x"}
+    nodes = "a = Conv(x, w) b = Conv(x, v) c = Concat<axis = 1>(a, b) y = Conv(c, u)"
+    weights = {"w": normal(3, 4, 1, 1), "v": 9 * normal(2, 4, 1, 1, seed=1), "u": normal(2, 5, 1, 1, seed=2)}
+    prepared = prepare(build(f"(float[n,4,6,6] x) => (float[] y) {{ {nodes} }}", weights))
+    (group,) = {site.group for site in prepared.plan.activations if site.tensor in "abc"}
     seen, ranges = prepared.ranges.of_group(prepared.plan, group), prepared.ranges.tensors
-    assert seen.max == max(ranges[name].max for name in "aby")
-    assert seen.count == sum(ranges[name].count for name in "aby")
+    assert seen.max == max(ranges[name].max for name in "abc")
+    assert seen.count == sum(ranges[name].count for name in "abc")
     params = prepared.quantizers("w8a8-asym-pc").activations
-    assert params["a"] is params["b"] is params["y"]
+    assert params["a"] is params["b"] is params["c"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
