@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxqt import __version__
-from onnxqt.calibrate import RANGE_METHODS, RangeMethod
+from onnxqt.calibrate import RANGE_METHODS
 from onnxqt.data import InputSpec, fixed_batch, open_samples
 from onnxqt.emulate import load_program
 from onnxqt.errors import ModelError, OnnxqtError
@@ -127,6 +127,7 @@ _RANGES = click.option(
     show_default=True,
     help="How clips are chosen.",
 )
+_STRIP_QDQ = click.option("--strip-qdq", is_flag=True, help="Take the quantizers out of a quantized MODEL first.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _OUT = click.option("--out", type=MODEL, help="Run directory.  [default: MODEL-onnxqt]")
 
@@ -139,7 +140,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", type=MODEL)
-@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _STRIP_QDQ, _JSON)
 @click.option(
     "--eval",
     "evaluation",
@@ -180,6 +181,7 @@ def trim(
         seed=rest["seed"],
         loss=rest["loss"],
         ranges=rest["ranges"],
+        strip_qdq=rest["strip_qdq"],
     )
     folder = out or Path(f"{model.stem}-onnxqt")
     with _Bar() as bar:
@@ -200,15 +202,15 @@ def trim(
 
 @main.command()
 @click.argument("model", type=MODEL)
-@_JSON
-def inspect(model: Path, as_json: bool) -> None:
+@_options(_STRIP_QDQ, _JSON)
+def inspect(model: Path, strip_qdq: bool, as_json: bool) -> None:
     """Show what MODEL contains, what will be quantized, and what not and why. Needs no data.
 
     \b
     Example:
         onnxqt inspect model.onnx
     """
-    ingested = ingest(model)
+    ingested = ingest(model, strip_qdq)
     plan = make_plan(ingested)
     graph = ingested.graph
     content: dict[str, Any] = {
@@ -243,9 +245,14 @@ def inspect(model: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", type=MODEL)
-@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _STRIP_QDQ, _JSON)
 def calibrate(
-    model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
+    model: Path,
+    data: Path,
+    out: Path | None,
+    schemes: Sequence[str],
+    as_json: bool,
+    **rest: Any,
 ) -> None:
     """Record the range of every tensor of MODEL and write the neutral table.
 
@@ -253,7 +260,7 @@ def calibrate(
     Example:
         onnxqt calibrate model.onnx --data calib/ --ranges percentile
     """
-    settings = _settings(schemes, ranges=ranges, steps=0)
+    settings = _settings(schemes, steps=0, **rest)
     with _Bar() as bar:
         work = open_workspace(model, data, None, out, settings, bar)
         table = record_ranges(work, work.source.model)
@@ -273,9 +280,14 @@ def calibrate(
 
 @main.command()
 @click.argument("model", type=MODEL)
-@_options(_DATA, _OUT, _SCHEMES, _RANGES, _JSON)
+@_options(_DATA, _OUT, _SCHEMES, _RANGES, _STRIP_QDQ, _JSON)
 def export(
-    model: Path, data: Path, out: Path | None, schemes: Sequence[str], ranges: RangeMethod, as_json: bool
+    model: Path,
+    data: Path,
+    out: Path | None,
+    schemes: Sequence[str],
+    as_json: bool,
+    **rest: Any,
 ) -> None:
     """Write the quantized files and the table of MODEL as it is, without training.
 
@@ -283,7 +295,7 @@ def export(
     Example:
         onnxqt export checkpoint.onnx --data calib/ --scheme w8a8-sym-pc
     """
-    settings = _settings(schemes, ranges=ranges, steps=0)
+    settings = _settings(schemes, steps=0, **rest)
     with _Bar() as bar:
         work = open_workspace(model, data, None, out, settings, bar)
         checkpoint = Candidate(work.source.model, record_ranges(work, work.source.model))

@@ -75,6 +75,7 @@ class Settings:
         loss: "distill" from the original model, "cross-entropy" with labels, or "auto": cross-entropy if the
             calibration data has labels.
         ranges: how the activations' clips are chosen.
+        strip_qdq: take the quantizers out of a model that is quantized.
     """
 
     schemes: tuple[Scheme, ...] = DEFAULT_SCHEMES
@@ -84,6 +85,7 @@ class Settings:
     seed: int = 0
     loss: Literal["auto", "distill", "cross-entropy"] = "auto"
     ranges: RangeMethod = "mse"
+    strip_qdq: bool = False
 
     def __post_init__(self) -> None:
         limits = (("--steps", self.steps, 0), ("--batch-size", self.batch_size, 1), ("--seed", self.seed, 0))
@@ -141,7 +143,7 @@ def prepare(model: Path, data: Data, evaluation: Data | None = None, settings: S
         ModelError, DataError: naming what is wrong and what to do.
     """
     settings = settings or Settings()
-    ingested = ingest(model)
+    ingested = ingest(model, settings.strip_qdq)
     plan = make_plan(ingested)
     specs = input_specs(ingested)
     fixed = fixed_batch(specs)

@@ -99,7 +99,7 @@ def test_batch_norm_behind_a_matmul(text: str, expected: list[str]) -> None:
     check(text, expected, {**constants, **batch_norm(3)})
 
 
-@pytest.mark.parametrize(("groups", "bias"), itertools.product((1, 2), (True, False)))
+@pytest.mark.parametrize(("groups", "bias"), list(itertools.product((1, 2), (True, False))))
 def test_batch_norm_before_a_convolution_that_does_not_pad(groups: int, bias: bool) -> None:
     text = (
         f"{IMAGE} {{ r = Relu(x) n = BatchNormalization(r, gamma, beta, mean, var) "
@@ -115,7 +115,7 @@ def test_batch_norm_before_a_convolution_that_pads(padding: str) -> None:
     check(text, ["Relu", "Mul", "Add", "Conv"], {"w": normal(6, 4, 3, 3), **batch_norm(4)})
 
 
-@pytest.mark.parametrize(("trans", "factors"), itertools.product((0, 1), ("", ", alpha = 0.3, beta = 2.5")))
+@pytest.mark.parametrize(("trans", "factors"), list(itertools.product((0, 1), ("", ", alpha = 0.3, beta = 2.5"))))
 def test_batch_norm_before_a_gemm(trans: int, factors: str) -> None:
     text = (
         f"{ROWS} {{ r = Relu(x) n = BatchNormalization(r, gamma, beta, mean, var) "

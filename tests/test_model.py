@@ -73,7 +73,9 @@ CASES = {
     ),
     "identity-of-an-input-that-is-an-output": Case(f"{CONV} {{ y = Identity(x) }}", ["Identity"]),
     "identity-of-a-constant-that-is-an-output": Case(
-        "(float[n,4] x) => (float[] y, float[] z) { y = Relu(x) z = Identity(w) }", ["Relu"], {"w": normal(2)}
+        "(float[n,4] x) => (float[] y, float[] z) { y = Relu(x) z = Identity(w) }",
+        ["Relu", "Identity"],
+        {"w": normal(2)},
     ),
     "dropout-whose-mask-is-read": Case(
         f"{CONV} {{ a, mask = Dropout(x) m = Cast<to = 1>(mask) y = Add(a, m) }}", ["Dropout", "Cast", "Add"]

@@ -14,6 +14,7 @@ from onnx import inliner
 from onnxqt.errors import ModelError, first_line
 from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
 from onnxqt.ingest.constants import fold_constants, remove_identities
+from onnxqt.ingest.dequantize import check_quantized, kept_quantizers, remove_qdq
 from onnxqt.ingest.files import read
 from onnxqt.ingest.pads import fold_pads
 from onnxqt.ingest.precision import to_float32
@@ -34,6 +35,7 @@ PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
     fold_shapes,
     fold_constants,
     remove_identities,
+    remove_qdq,
     fuse_layer_norm,
     merge_clamps,
     fuse_activations,
@@ -45,26 +47,32 @@ PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
 )
 
 
-def ingest(path: Path) -> Model:
+def ingest(path: Path, strip_qdq: bool = False) -> Model:
     """Read, check and normalise a model.
+
+    Args:
+        path: of the ONNX file.
+        strip_qdq: recover the float model from one that is quantized by pairs of QuantizeLinear and
+            DequantizeLinear, instead of refusing it.
 
     Raises:
         ModelError: naming the node and a remedy, for a file that cannot be read or handled.
     """
     proto, digest = read(path)
     try:
-        proto, changes = _normalise(proto)
+        proto, changes = _normalise(proto, strip_qdq)
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
     return Model(proto, digest, tuple(changes))
 
 
-def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto, list[str]]:
     metadata = list(proto.metadata_props)
     changes = []
     if proto.functions:
         changes.append(f"inlined {len(proto.functions)} model-local function(s)")
         proto = inliner.inline_local_functions(proto)
+    check_quantized(proto, strip_qdq)
     proto, converted = _convert_opset(proto)
     changes += converted
     proto.ir_version = ir_version_for(proto)
@@ -78,6 +86,7 @@ def _normalise(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
         proto = finish(graph)
         if not found:
             break
+    changes += kept_quantizers(proto)
     proto.metadata_props.extend(metadata)
     try:
         check_model(proto)

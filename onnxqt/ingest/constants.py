@@ -21,7 +21,7 @@ _CONSTANT_TYPES = {
 }
 _NEVER_FOLDED = (
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
-    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout"),
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout", "Identity"),
 )
 _FREE_GROWTH = 1 << 20  # bytes that a folded result may always have
 _MOST = 1 << 31  # bytes of a result that is never folded

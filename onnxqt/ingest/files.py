@@ -12,16 +12,6 @@ from onnxqt.errors import ModelError, first_line
 from onnxqt.model import subgraphs_of
 from onnxqt.tensors import check_model, external_field, is_external, nbytes, raw_bytes, set_external
 
-_QUANTIZED = (
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-)
-
-
 EMBED_LIMIT = 1 << 30  # bytes of external data up to which a model is held as one protobuf message
 _LARGE = 1 << 20  # bytes of a weight that stays in its file
 
@@ -156,8 +146,3 @@ def _check(path: Path, proto: onnx.ModelProto) -> None:
         check_model(proto)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"'{path}' is not a valid ONNX model ({first_line(error)}): export it again") from error
-    for node in proto.graph.node:
-        if node.op_type in _QUANTIZED:
-            raise ModelError(
-                f"{node.op_type} '{node.name}' of '{path}' is already quantized: give the float model instead"
-            )
