@@ -27,6 +27,7 @@ PERCENTILE = 99.99
 _MIN_SCALE = np.float32(2.0**-40)  # so that the product of two scales stays a normal float32
 _MAX_BIAS_CODE = 2**30  # leaves the other half of INT32 to the products
 _FRACTIONS = np.linspace(1.0, 0.1, 91)  # of the observed range: the clips that a search tries
+_MIN_LIMIT = 2.0**-60
 _CLIP_SAMPLE = 1 << 20  # values of a weight that a search for its clip looks at
 _WEIGHT_FRACTIONS = np.linspace(1.0, 0.3, 36)
 
@@ -75,10 +76,12 @@ def observe(values: Array) -> TensorRange:
     Raises:
         CalibrationError: for NaN or infinity.
     """
+    if not values.size:
+        return TensorRange(0, 0.0, 0.0, _MIN_LIMIT, np.zeros(BINS, np.int64))
     lo, hi = float(values.min()), float(values.max())
     if not (np.isfinite(lo) and np.isfinite(hi)):
         raise CalibrationError("takes NaN or infinite values on the samples")
-    limit = 2.0 ** np.ceil(np.log2(max(abs(lo), abs(hi), 2.0**-60) * (1 + 2.0**-20)))
+    limit = 2.0 ** np.ceil(np.log2(max(abs(lo), abs(hi), _MIN_LIMIT) * (1 + 2.0**-20)))
     steps = values.ravel() * np.float32(BINS / 2 / limit)  # exact, as the factor is a power of two
     bins = np.floor(steps).astype(np.int32)  # so that each bin is a pair of bins of half the limit
     bins[(steps == 0) & (values.ravel() < 0)] = -1  # unless the product is too small for float32

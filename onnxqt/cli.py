@@ -5,7 +5,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 the emulator contradicts an exported file
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ from onnxqt.pipeline import trim as run_trim
 from onnxqt.plan import IntegerNode, make_plan
 from onnxqt.runtime import Session
 from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
+from onnxqt.verify import Verdict
 
 MODEL = click.Path(path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -194,6 +195,8 @@ def trim(
     title = f"{model.name}: {share}; float {_percent(content['float'])}, checkpoint {_percent(content['checkpoint'])}"
     _print_table(title, report.summary())
     training = content["training"]
+    for line in _untrained(training):
+        click.echo(line, err=True)
     click.echo(
         f"{training['steps']} steps in {training['seconds']:.0f} s ({training['step_ms_median']:.0f} ms each), "
         f"best after {training['best_step']}; everything is in {folder}/"
@@ -300,14 +303,7 @@ def export(
         work = open_workspace(model, data, None, out, settings, bar)
         checkpoint = Candidate(work.source.model, record_ranges(work, work.source.model))
         exported = export_files(work, checkpoint)
-    content = {
-        name: {
-            "max_lsb": scheme.verdict.max_lsb,
-            "mismatch_fraction": scheme.verdict.mismatch_fraction,
-            "integer_kernels": scheme.verdict.integer_kernels,
-        }
-        for name, scheme in exported.items()
-    }
+    content = {name: _check_of(scheme.verdict) for name, scheme in exported.items()}
     if as_json:
         _print_json(content)
         return
@@ -315,8 +311,11 @@ def export(
     rows = [
         (name, str(row["max_lsb"]), f"{row['mismatch_fraction']:.2%}", str(row["integer_kernels"]))
         for name, row in content.items()
+        if row is not None
     ]
     _print_table("emulator against ONNX Runtime", [header, *rows])
+    if work.source.model.is_large:
+        click.echo("the files were not checked by the emulator, which would hold all weights in memory", err=True)
     click.echo(f"wrote {work.folder / SCHEMES_FOLDER} and {work.folder / TABLE}")
 
 
@@ -397,6 +396,29 @@ def _values(graph: GraphIndex, names: Sequence[str]) -> list[dict[str, Any]]:
 def _shape(graph: GraphIndex, name: str) -> list[int | str] | None:
     shape = graph.shape(name)
     return None if shape is None else ["?" if size is None else size for size in shape]
+
+
+def _untrained(training: dict[str, Any]) -> list[str]:
+    """What training left as it was, a line for each reason."""
+    if training["reason"] is not None:
+        return [f"nothing was trained: {training['reason']}"]
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in training["untouched"].items():
+        by_reason[reason].append(name)
+    return [
+        f"not trained: {len(names)} weight(s) such as '{names[0]}': {reason}" for reason, names in by_reason.items()
+    ]
+
+
+def _check_of(verdict: Verdict | None) -> dict[str, Any] | None:
+    """What the check of a file found; None for one that was not checked."""
+    if verdict is None:
+        return None
+    return {
+        "max_lsb": verdict.max_lsb,
+        "mismatch_fraction": verdict.mismatch_fraction,
+        "integer_kernels": verdict.integer_kernels,
+    }
 
 
 def _integer_rows(nodes: Sequence[IntegerNode]) -> list[tuple[str, ...]]:

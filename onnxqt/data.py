@@ -70,11 +70,18 @@ class Batch:
         inputs: by input name, the batch axis first, in the model's element type.
         labels: int64 class numbers, (samples,); None where the source has none.
         index: int64 sample numbers in the whole source (also when read from a subset of it), (samples,).
+        fed: samples that the inputs hold, those repeated to fill a fixed batch included; 0 without a batch axis.
     """
 
     inputs: _Arrays
     labels: Array | None
     index: Index
+    fed: int
+
+    def real(self, output: Array) -> Array:
+        """An output of the model without the rows of repeated samples."""
+        rows = len(self.index)
+        return output[:rows] if 0 < rows < self.fed and output.ndim and len(output) == self.fed else output
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +126,12 @@ class Samples:
     Attributes:
         source: what the user gave, for messages.
         has_labels: whether every batch has labels.
+        stacked: whether the model has no batch axis, so that a batch is one sample without the axis of samples.
     """
 
     source: str
     has_labels: bool
+    stacked: bool
     _shards: tuple[_Shard, ...]
     _chosen: Index  # sample numbers, ascending
 
@@ -217,7 +226,9 @@ class Samples:
                     )
                 arrays[name][here] = rows
         labels = arrays.pop(LABELS) if self.has_labels else None
-        return Batch(arrays, labels, index)
+        if self.stacked:
+            return Batch({name: rows[0] for name, rows in arrays.items()}, labels, index, 0)
+        return Batch(arrays, labels, index, len(index))
 
     def split(self, fraction: float, limit: int) -> tuple["Samples", "Samples"]:
         """Divide into (rest, held): disjoint, `held` evenly spaced over the whole set, both not empty.
@@ -276,7 +287,8 @@ def open_samples(source: str | os.PathLike[str] | Mapping[str, Array], specs: Se
 
     `source` is a directory of `.npz` files (arrays named as the inputs) or of `.npy` files (models with one
     input), read in the order of their names; or one such file; or arrays in memory by name. Subdirectories,
-    hidden files and files of other kinds are passed over. Every array has the samples along its first axis.
+    hidden files and files of other kinds are passed over. Every array has the samples along its first axis; for a
+    model without a batch axis (see `has_batch_axis`) that is an axis more than the input has.
     An array `labels` of integer class numbers, one per sample, may accompany the inputs.
 
     Floats of any width are converted to the model's float type, and int32 and int64 to each other; every
@@ -287,6 +299,9 @@ def open_samples(source: str | os.PathLike[str] | Mapping[str, Array], specs: Se
         DataError: if the samples cannot be read or do not fit the model; the message names file and array.
     """
     fixed_batch(specs)
+    stacked = not has_batch_axis(specs)
+    if stacked:
+        specs = [replace(spec, shape=(None, *spec.shape)) for spec in specs]
     if isinstance(source, Mapping):
         name = "the samples in memory"
         shards = [_open_arrays(name, source, specs)]
@@ -303,31 +318,43 @@ def open_samples(source: str | os.PathLike[str] | Mapping[str, Array], specs: Se
             "add it to every file or remove it from all"
         )
     count = sum(shard.count for shard in shards)
-    return Samples(name, bool(labelled), tuple(shards), np.arange(count, dtype=np.int64))
+    if labelled and stacked:
+        raise DataError(
+            f"{labelled[0]} has an array {LABELS!r}, but the model has no batch axis and so no scores per "
+            "sample; remove it"
+        )
+    return Samples(name, bool(labelled), stacked, tuple(shards), np.arange(count, dtype=np.int64))
+
+
+def has_batch_axis(specs: Sequence[InputSpec]) -> bool:
+    """Whether the first axis of every input counts samples.
+
+    It does not where an input is a scalar or empty, where fixed first dimensions differ between inputs, or where an
+    input is a vector of integers of fixed length, which are parameters such as a shape.
+    """
+    fixed = {spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None}
+    vectors = [spec for spec in specs if len(spec.shape) == 1 and spec.dtype.kind in "iu"]
+    return (
+        all(spec.shape for spec in specs)
+        and len(fixed) <= 1
+        and 0 not in fixed
+        and not any(spec.shape[0] not in (None, 1) for spec in vectors)
+    )
 
 
 def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
     """The batch size that the model prescribes, for `batches(size, pad=True)`; None if it accepts any.
 
+    A model without a batch axis takes one sample at a time.
+
     Raises:
-        DataError: if there are no inputs, one has no batch axis, or two prescribe different sizes.
+        DataError: if there are no inputs.
     """
     if not specs:
         raise DataError("the model has no inputs, so it cannot be fed samples; give it at least one input")
-    for spec in specs:
-        if not spec.shape:
-            raise DataError(
-                f"the model's input {spec.name!r} is a scalar and has no batch axis; "
-                "make it a constant or export the model with a batch axis on it"
-            )
-    fixed = {spec.shape[0]: spec.name for spec in specs if spec.shape[0] is not None}
-    if len(fixed) > 1:
-        found = ", ".join(f"{name!r}: {size}" for size, name in fixed.items())
-        raise DataError(
-            f"the model's inputs have different first axes ({found}), which cannot all be the batch axis; "
-            "export the model with the batch axis first on every input"
-        )
-    return next(iter(fixed), None)
+    if not has_batch_axis(specs):
+        return 1
+    return next((spec.shape[0] for spec in specs if spec.shape[0] is not None), None)
 
 
 def require(samples: Samples, minimum: int, what: str) -> None:
@@ -502,7 +529,7 @@ def _check_input(where: str, stored: _Stored, spec: InputSpec) -> None:
             f"{where} has shape {stored.shape}, but the model wants ({wanted}); "
             "save it in that layout, with the samples along the first axis"
         )
-    if min(stored.shape) < 1:
+    if stored.shape[0] < 1:
         raise DataError(f"{where} has shape {stored.shape} and so no samples; add some or remove it")
     have, want = stored.dtype.newbyteorder("="), spec.dtype.newbyteorder("=")
     if have == want or have.kind == want.kind == "f" or {have, want} == {np.dtype("i4"), np.dtype("i8")}:
@@ -589,6 +616,8 @@ def _reader(stored: _Stored, stream: IO[bytes]) -> _Read:
     def read(rows: Index) -> Array:
         nonlocal position
         out = np.empty((len(rows), *stored.shape[1:]), stored.dtype)
+        if not out.size:
+            return out
         raw = out.reshape(len(rows), -1).view(np.uint8)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         for first, last in pairwise([0, *breaks.tolist(), len(rows)]):
@@ -633,7 +662,7 @@ def _evenly(count: int, number: int) -> Index:
 
 def _padded(batch: Batch, size: int) -> Batch:
     missing = size - len(batch.index)
-    if not missing:
+    if not missing or not batch.fed:
         return batch
     inputs = {name: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) for name, x in batch.inputs.items()}
-    return replace(batch, inputs=inputs)
+    return replace(batch, inputs=inputs, fed=size)

@@ -42,7 +42,7 @@ class Reference:
                 yield batch, self._kept[index]
                 continue
             outputs = self._session.run(batch.inputs)
-            expected = {name: outputs[name][: len(batch.index)] for name in self.outputs}
+            expected = {name: batch.real(outputs[name]) for name in self.outputs}
             self._bytes += sum(output.nbytes for output in expected.values())
             if index == len(self._kept) and self._bytes <= _CACHE_LIMIT:
                 self._kept.append(expected)
@@ -119,4 +119,4 @@ def evaluate_file(
 
 def _count(tallies: Tallies, outputs: Mapping[str, Array], expected: Mapping[str, Array], batch: Batch) -> None:
     for name, tally in tallies.items():
-        tally.add(outputs[name][: len(batch.index)], expected[name], batch.labels)
+        tally.add(batch.real(outputs[name]), expected[name], batch.labels)

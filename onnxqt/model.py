@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxqt.data import InputSpec
+from onnxqt.errors import ModelError
 from onnxqt.numerics import Array
 from onnxqt.ops import Attributes
 from onnxqt.runtime import MAX_IR_VERSION
@@ -43,6 +44,11 @@ class Model:
     def opset(self) -> int:
         """Version of the default operator set."""
         return opset_of(self.proto)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it has weights outside of it: too many to be held as one protobuf message."""
+        return any(is_external(tensor) for tensor in self.proto.graph.initializer)
 
     def with_weights(self, weights: dict[str, Array]) -> "Model":
         """The same model with the named initializers replaced by float32 arrays of the same shape."""
@@ -102,7 +108,7 @@ class GraphIndex:
         kind = self._types.get(tensor)
         if kind is None or not kind.HasField("shape"):
             return None
-        return tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+        return _dimensions(kind.shape)
 
     def is_float(self, tensor: str) -> bool:
         """Whether the tensor holds float32 values."""
@@ -122,9 +128,27 @@ class GraphIndex:
 
 
 def input_specs(model: Model) -> list[InputSpec]:
-    """What the samples must look like."""
-    graph = model.graph
-    return [InputSpec(name, graph.dtype(name), graph.shape(name) or ()) for name in graph.inputs]
+    """What the samples must look like.
+
+    Raises:
+        ModelError: naming an input that no array of numbers can feed.
+    """
+    return [_input_spec(value) for value in model.proto.graph.input if value.name in model.graph.inputs]
+
+
+def _input_spec(value: onnx.ValueInfoProto) -> InputSpec:
+    kind, tensor = value.type.WhichOneof("value"), value.type.tensor_type
+    if kind != "tensor_type" or tensor.elem_type == TensorProto.STRING:
+        what = "strings" if kind == "tensor_type" else f"a {str(kind).removesuffix('_type').replace('_', ' ')}"
+        raise ModelError(f"input '{value.name}' takes {what}: export the model with tensors of numbers as its inputs")
+    if not tensor.HasField("shape"):
+        raise ModelError(f"input '{value.name}' has no known rank: export the model with the shapes of its inputs")
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return InputSpec(value.name, dtype, _dimensions(tensor.shape))
+
+
+def _dimensions(shape: onnx.TensorShapeProto) -> tuple[int | None, ...]:
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in shape.dim)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

@@ -11,11 +11,12 @@ import onnx
 
 from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
 from onnxqt.data import Batch, Samples, check_labels, fixed_batch, open_samples, require
-from onnxqt.errors import DataError, UsageError
+from onnxqt.errors import DataError, ModelError, UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import neutral_table, quantized_model
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
 from onnxqt.ingest import ingest
+from onnxqt.ingest.files import EMBED_LIMIT
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
 from onnxqt.plan import QuantPlan, make_plan
@@ -190,11 +191,14 @@ class Workspace:
 
 @dataclass(frozen=True, eq=False)
 class ExportedScheme:
-    """A quantized model that was written, what it was made of, and the check that it passed."""
+    """A quantized model that was written, what it was made of, and the check that it passed.
+
+    A large model (see `Model.is_large`) is not checked: the emulator holds all its weights in memory.
+    """
 
     model: onnx.ModelProto
     made_of: Candidate
-    verdict: Verdict
+    verdict: Verdict | None
 
 
 def trim(
@@ -227,6 +231,11 @@ def trim(
     """
     started = time.perf_counter()
     work = open_workspace(Path(model), data, evaluation, out, settings, progress)
+    if work.source.model.is_large:
+        raise ModelError(
+            f"'{model}' has more than {EMBED_LIMIT >> 30} GiB of weights, which the trainer and the emulator cannot "
+            "hold: use 'onnxqt export' for quantization without training"
+        )
     source, settings, folder = work.source, work.settings, work.folder
     original = checkpoint = Candidate(source.model, record_ranges(work, source.model))
     trimmed = _train(work, data, original.ranges)
@@ -268,9 +277,8 @@ def open_workspace(
     settings, progress = settings or Settings(), progress or Silent()
     progress.stage("read the model and the samples")
     source = prepare(model, data, evaluation, settings)
-    if settings.steps:
+    if settings.steps and check_trainable(source.model, source.plan, source.loss(settings)).reason is None:
         require(source.training, source.batch_size, "one training batch")
-        check_trainable(source.model, source.plan, source.loss(settings))
     folder = make_folder(Path(out) if out is not None else Path(f"{model.stem}-onnxqt"))
     return Workspace(source, settings, folder, progress)
 
@@ -309,7 +317,9 @@ def export(
         candidate = (kept or {}).get(name, checkpoint)
         quantized = candidate.quantized(source.plan, scheme, settings.ranges)
         checked = source.batches(source.samples.take(VERIFY_LIMIT))
-        verdict = verify(name, quantized, (batch.inputs for batch in checked))
+        verdict = None
+        if not source.model.is_large:
+            verdict = verify(name, quantized, (batch.inputs for batch in checked))
         write_model(work.folder / scheme_file(name), quantized)
         exported[name] = ExportedScheme(quantized, candidate, verdict)
         work.progress.advance(index + 1)
@@ -385,6 +395,8 @@ def _judge(
     elif checkpoint is not original:
         after = evaluate(Session(checkpoint.quantized(plan, scheme, method)).run, reference)
     weights: Literal["checkpoint", "original"] = "original" if exported.made_of is original else "checkpoint"
+    if exported.verdict is None:
+        raise AssertionError("a model that is trimmed is small enough to be checked")
     return SchemeResult(before, after, weights, file, exported.verdict)
 
 

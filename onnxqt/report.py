@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onnxqt.evaluate import FileResult, Tallies
+from onnxqt.metrics import Tally
 from onnxqt.model import Model
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import TRAINER, installed
@@ -111,6 +112,8 @@ def build_report(findings: Findings) -> Report:
                 "best_step": trimmed.best_step,
                 "seconds": trimmed.seconds,
                 "step_ms_median": trimmed.step_ms_median,
+                "reason": trimmed.reason,
+                "untouched": dict(trimmed.untouched),
                 "evaluations": [report for report in trimmed.history if report["event"] == "evaluate"],
             },
             "schemes": {name: _scheme(result) for name, result in findings.schemes.items()},
@@ -158,7 +161,7 @@ def _scheme(result: SchemeResult) -> Json:
 
 def _outcome(tallies: Tallies) -> Json:
     """Metrics and fidelity of the first output, and fidelity of each where there are several."""
-    first = next(iter(tallies.values()))
+    first = next(iter(tallies.values()), Tally())
     outcome: Json = {"metrics": first.metrics(), "fidelity": first.fidelity()}
     if len(tallies) > 1:
         outcome["outputs"] = {name: tally.fidelity() for name, tally in tallies.items()}
@@ -170,4 +173,6 @@ def _share(metrics: Json) -> str:
 
 
 def _decibel(fidelity: Json) -> str:
+    if fidelity["mse"] is None:
+        return "-"
     return "exact" if fidelity["snr_db"] is None else f"{fidelity['snr_db']:.1f}"

@@ -94,7 +94,12 @@ class Session:
             values = self._session.run(self.outputs, dict(inputs))
         except Exception as error:
             raise ModelError(f"the model fails on these inputs: {first_line(error)}") from error
-        return dict(zip(self.outputs, (np.asarray(value) for value in values), strict=True))
+        return dict(zip(self.outputs, map(_as_array, values), strict=True))
+
+
+def _as_array(value: Any) -> Any:
+    """A tensor as an array; sequences and maps, and None for an empty optional, as they are."""
+    return value if value is None or isinstance(value, list | dict) else np.asarray(value)
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:

@@ -1,5 +1,6 @@
 """How the command line fails: one line, the right exit code, no files."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import onnx
 import pytest
 from click.testing import Result
 from conftest import Digits, Run, files, invoke
-from onnx import TensorProto, helper, numpy_helper
+from helpers import build, normal, save
 
 from onnxqt.schemes import parse_scheme
 
@@ -76,20 +77,6 @@ def without_external_data(place: Place) -> Path:
     return path
 
 
-def without_gradient(place: Place) -> Path:
-    weight = numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32), "w")
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["a"], name="conv"),
-        helper.make_node("Elu", ["a"], ["y"], name="elu"),
-    ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 8, 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 6, 6])
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", [image], [y], [weight]), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
-    )
-    return place.file(model.SerializeToString())
-
-
 def quantized(place: Place) -> Path:
     return place.file(place.digits.quantized(parse_scheme("w8a8-sym-pc")).SerializeToString())
 
@@ -117,10 +104,6 @@ FAILURES: dict[str, tuple[Prepare, str]] = {
     "model-is-json": (with_model(json_model), r"broken\.json' is not an ONNX model"),
     "model-is-quantized": (with_model(quantized), r"broken\.onnx.*quantized"),
     "no-external-data": (with_model(without_external_data), r"external\.onnx.*weights\.bin"),
-    "no-gradient": (
-        with_model(without_gradient),
-        r"no gradient for operator Elu \(node 'elu'\).*onnxqt export",
-    ),
     "no-data": (with_data(lambda place: place.folder / "nothing"), "nothing does not exist; pass a directory"),
     "empty-data": (with_data(lambda place: place.folder), r"has no \.npz or \.npy file .* save some"),
     "data-is-a-model": (with_data(lambda place: place.digits.file), r"model\.onnx is neither .* pass"),
@@ -190,11 +173,14 @@ def test_output_below_a_file_cannot_be_written(command: str, torch_digits: Digit
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", ["calibrate", "export"])
-def test_models_that_cannot_be_trained_can_be_quantized(command: str, torch_digits: Digits, tmp_path: Path) -> None:
-    model = without_gradient(Place(torch_digits, tmp_path))
-    result = invoke(command, model, "--data", torch_digits.calib, "--out", tmp_path / "out")
+def test_a_model_that_nothing_trains_is_quantized_and_says_so(torch_digits: Digits, tmp_path: Path) -> None:
+    text = "(float[n,1,8,8] image) => (float[] y) { a = Conv(image, w) y = Round(a) }"
+    file = save(build(text, {"w": normal(4, 1, 3, 3)}), tmp_path)
+    out = tmp_path / "out"
+    result = invoke("trim", file, "--data", torch_digits.calib, "--out", out, "--steps", 1, "--scheme", "w8a8-sym-pc")
     assert result.exit_code == 0, result.stderr
+    assert re.search(r"nothing was trained: .*Round '", result.stderr)
+    assert (out / "schemes" / "w8a8-sym-pc.onnx").exists()
 
 
 BAD_OPTIONS: dict[str, tuple[list[object], str]] = {

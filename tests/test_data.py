@@ -11,7 +11,7 @@ import pytest
 from sample_files import F32, I32, I64, IDS, X, numbered, numbers, same, write_npz, write_shards
 
 from onnxqt import data
-from onnxqt.data import InputSpec, check_labels, fixed_batch, open_samples
+from onnxqt.data import InputSpec, check_labels, fixed_batch, has_batch_axis, open_samples
 from onnxqt.errors import DataError, UsageError
 from onnxqt.numerics import Array
 
@@ -171,13 +171,59 @@ def test_padding_nothing_when_the_count_is_a_multiple() -> None:
 def test_fixed_batch() -> None:
     assert fixed_batch([X, IDS]) is None
     assert fixed_batch([X, InputSpec("y", F32, (8, 1)), InputSpec("z", F32, (8, 3))]) == 8
-    with pytest.raises(DataError, match=r"different first axes \('y': 8, 'z': 1\).*export the model"):
-        fixed_batch([InputSpec("y", F32, (8, 1)), InputSpec("z", F32, (1, 3))])
+
+
+I64 = np.dtype(np.int64)
+WITHOUT_BATCH_AXIS = {
+    "scalar": [InputSpec("x", F32, (None, 2)), InputSpec("y", F32, ())],
+    "different": [InputSpec("x", F32, (3, 2)), InputSpec("y", F32, (2,))],
+    "shape": [InputSpec("x", F32, (2, 2)), InputSpec("y", I64, (2,))],
+    "empty": [InputSpec("x", F32, (0, 2))],
+}
+
+
+@pytest.mark.parametrize("specs", WITHOUT_BATCH_AXIS.values(), ids=WITHOUT_BATCH_AXIS)
+def test_models_without_a_batch_axis_take_one_sample_at_a_time(specs: list[InputSpec]) -> None:
+    assert not has_batch_axis(specs)
+    assert fixed_batch(specs) == 1
+    arrays = {spec.name: np.random.default_rng(0).random((5, *(n or 0 for n in spec.shape))) for spec in specs}
+    arrays = {spec.name: arrays[spec.name].astype(spec.dtype) for spec in specs}
+    samples = open_samples(arrays, specs)
+    batches = list(samples.batches(1, pad=True))
+    assert (samples.stacked, samples.count, len(batches)) == (True, 5, 5)
+    for number, batch in enumerate(batches):
+        assert (batch.fed, batch.index.tolist()) == (0, [number])
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(batch.inputs[name], array[number])
+    output = np.zeros((4, 3))
+    assert batches[0].real(output) is output
+
+
+def test_a_batch_axis() -> None:
+    assert has_batch_axis([X, IDS])
+    assert has_batch_axis([InputSpec("x", F32, (None, 3)), InputSpec("ids", I64, (None,))])
+    assert has_batch_axis([InputSpec("x", F32, (1, 3)), InputSpec("length", I64, (1,))])
+
+
+def test_labels_need_a_batch_axis() -> None:
+    specs = WITHOUT_BATCH_AXIS["different"]
+    arrays = {"x": np.ones((4, 3, 2)), "y": np.ones((4, 2)), "labels": np.zeros(4, np.int64)}
+    with pytest.raises(DataError, match=r"has an array 'labels', but the model has no batch axis.*remove it"):
+        open_samples(arrays, specs)
+
+
+def test_outputs_lose_the_rows_of_repeated_samples() -> None:
+    samples = open_samples({"x": np.ones((5, 3))}, [InputSpec("x", F32, (4, 3))])
+    first, last = samples.batches(4, pad=True)
+    rows = np.arange(8).reshape(4, 2)
+    assert first.real(rows) is rows
+    np.testing.assert_array_equal(last.real(rows), rows[:1])
+    scalar, other = np.array(1.0), np.zeros((7, 2))
+    assert last.real(scalar) is scalar
+    assert last.real(other) is other
 
 
 def test_models_that_cannot_be_fed() -> None:
-    with pytest.raises(DataError, match="input 'x' is a scalar and has no batch axis; make it a constant"):
-        open_samples({"x": np.ones(3)}, [InputSpec("x", F32, ())])
     with pytest.raises(DataError, match="the model has no inputs"):
         open_samples({}, [])
 

@@ -29,6 +29,7 @@ def test_fidelity_against_its_definitions(cuts: tuple[int, ...]) -> None:
         "snr_db": pytest.approx(10 * math.log10(np.sum(b**2) / np.sum((a - b) ** 2)), rel=RELATIVE, abs=0),
         "cosine": pytest.approx(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b), rel=RELATIVE, abs=0),
         "agreement": np.mean(a.argmax(axis=1) == b.argmax(axis=1)),
+        "non_finite": 0,
     }
 
 
@@ -68,8 +69,29 @@ def test_zero_output() -> None:
 
 
 def test_nothing_counted() -> None:
-    assert Tally().fidelity() == {"mse": 0.0, "snr_db": None, "cosine": None, "agreement": None}
+    nothing = {"mse": None, "snr_db": None, "cosine": None, "agreement": None, "non_finite": 0}
+    assert Tally().fidelity() == nothing
+    assert tally_of(np.zeros((0, 10), np.float32), np.zeros((0, 10), np.float32)).fidelity() == nothing
     assert Tally().metrics() == {}
+
+
+def test_values_without_a_finite_reference_do_not_count() -> None:
+    reference = np.array([1.0, np.nan, np.inf], np.float32)
+    fidelity = tally_of(np.array([1.0, 2.0, 3.0], np.float32), reference).fidelity()
+    assert (fidelity["mse"], fidelity["non_finite"]) == (0.0, 0)
+
+
+def test_broken_values_are_counted() -> None:
+    reference = np.array([1.0, 2.0, np.inf], np.float32)
+    fidelity = tally_of(np.array([np.nan, -np.inf, np.inf], np.float32), reference).fidelity()
+    assert (fidelity["mse"], fidelity["snr_db"], fidelity["non_finite"]) == (None, None, 2)
+
+
+def test_scalar_output() -> None:
+    tally = Tally()
+    tally.add(np.array(1.5, np.float32), np.array(1.0, np.float32))
+    fidelity = tally.fidelity()
+    assert (fidelity["mse"], fidelity["agreement"]) == (0.25, None)
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6,), (6, 3, 4)], ids=["one-value", "vector", "image"])

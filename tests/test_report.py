@@ -144,6 +144,7 @@ def outcome(digits: Digits, batch: Batch, run: Runner) -> dict[str, Any]:
             "snr_db": pytest.approx(10 * np.log10(np.sum(b**2) / noise), rel=RELATIVE, abs=0) if noise else None,
             "cosine": pytest.approx(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b), rel=RELATIVE, abs=0),
             "agreement": np.mean(a.argmax(axis=1) == b.argmax(axis=1)),
+            "non_finite": 0,
         },
     }
 
@@ -215,7 +216,7 @@ def test_table_is_the_export_of_the_checkpoint(short_run: Run, exports: Run) -> 
 
 
 def figures(share: float, snr_db: float | None, **metrics: float) -> dict[str, Any]:
-    return {"metrics": metrics or {"top1": share}, "fidelity": {"snr_db": snr_db}}
+    return {"metrics": metrics or {"top1": share}, "fidelity": {"mse": 0.1, "snr_db": snr_db}}
 
 
 def test_summary_rows() -> None:
@@ -226,7 +227,7 @@ def test_summary_rows() -> None:
         "weights": "checkpoint",
     }
     other = {
-        "ptq": {"metrics": {}, "fidelity": {"snr_db": -3.0}},
+        "ptq": {"metrics": {}, "fidelity": {"mse": 1.0, "snr_db": -3.0}},
         "trim": figures(0, 0.04, agreement=1.0),
         "emulator": {**figures(0, 1.0, agreement=0.25), "max_lsb": None},
         "weights": "original",

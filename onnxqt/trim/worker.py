@@ -164,7 +164,7 @@ def _output_power(teacher: Session, held: Samples, job: jobs.Job, pad: bool) -> 
     """Variance of each output over the held-out samples."""
     outputs = [teacher.run(batch.inputs) for batch in held.batches(job.batch_size, pad)]
     return {
-        target.output: max(float(np.var(np.concatenate([out[target.output] for out in outputs]))), 1e-12)
+        target.output: max(float(np.var(np.concatenate([out[target.output].ravel() for out in outputs]))), 1e-12)
         for target in job.targets
     }
 
