@@ -97,7 +97,7 @@ class Case:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=MAX_IR_VERSION)
 
 
-def value_info(name: str, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+def value_info(name: str, shape: tuple[int | str | None, ...]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
@@ -234,7 +234,7 @@ def smooth() -> dict[str, Case]:
     }
     return {
         **{op: Case(op, (values,), opset=18) for op, values in domains.items()},
-        "CastLike": Case("CastLike", (wide, scalar(1)), fixed=(1,)),
+        "CastLike": Case("CastLike", (wide, scalar(1)), fixed=(1,), ingested=False),
         "Celu-alpha": Case("Celu", (wide,), {"alpha": 0.5}),
         "Dropout": Case("Dropout", (wide,), ingested=False),
         "Dropout-with-mask": Case("Dropout", (wide, scalar(0.5), np.array(False)), fixed=(1,), outputs=2),

@@ -8,7 +8,7 @@ comes from ONNX Runtime's float32 inference: central differences D(h) of y, extr
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from gradient_cases import CASES as OTHER_CASES
-from gradient_cases import Case, H, random, signed, value_info
+from gradient_cases import Case, H, ints, random, signed, value_info
 from gradient_cases_spatial import CASES_SPATIAL
 from onnx import TensorProto, helper, numpy_helper
 
@@ -26,10 +26,12 @@ from onnxqt.ingest import ingest
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
 from onnxqt.plan import make_plan
-from onnxqt.runtime import MAX_IR_VERSION, Session
+from onnxqt.runtime import MAX_IR_VERSION, MAX_OPSET, Session
 from onnxqt.schemes import parse_scheme
 from onnxqt.trim import Reach, Trimmed, TrimSettings, reach, trim
 from onnxqt.trim import job as jobs
+from onnxqt.trim.gradients.built_in import BUILT_IN
+from onnxqt.trim.gradients.flow import RULES
 
 # Inference is off by about four float32 roundings of the largest value (sums have at most 20 terms, and sqrt(20)
 # is about 4); the differences divide that by h/2 with weight 4/3 and by h with weight 1/3, from two values each.
@@ -38,6 +40,11 @@ ROUNDING = 4 * 2.0**-24 * 3 / H
 TRUNCATION = 240 * H**4 / 480
 
 CASES = {**OTHER_CASES, **CASES_SPATIAL}
+# The first case of each operator once more as it is in the newest opset, if it can be written the same way there.
+CASES |= {
+    f"{op}-opset-{MAX_OPSET}": replace(next(case for case in CASES.values() if case.op == op), opset=MAX_OPSET)
+    for op in sorted({case.op for case in CASES.values()} - {"GridSample", "ReduceMean", "Split"})
+}
 FORWARD = "forward.onnx"
 
 # --- both sides -----------------------------------------------------------------------------------------
@@ -78,6 +85,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         write_case(root / name, case.training(shapes), weights(name, shapes), **case.zeros)
         if case.ingested:
             onnx.save(ingest(root / name / FORWARD).proto, root / name / FORWARD)
+    for name, (case, _) in TIES.items():
+        shapes = [y.shape for y in outputs_of(case, Session(case.forward(), optimize=False), {})]
+        write_case(root / name, case.training(shapes), [np.ones(shape, np.float32) for shape in shapes], **case.zeros)
     for blend in BLENDS:
         write_case(root / f"blend-{blend}", straight_through_model(), [UPSTREAM], blend=np.float32(blend))
     folders = [str(folder) for folder in root.iterdir()]
@@ -135,6 +145,39 @@ def test_training_graph_computes_the_same_loss(name: str, trained: Trained) -> N
     expected = sum(float(np.sum(t)) for t in terms)
     assert result["loss"] == pytest.approx(expected, rel=0, abs=tolerance)
     assert result["evaluated"] == pytest.approx(expected, rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_uses_the_rule_of_its_operator(name: str, trained: Trained) -> None:
+    op = CASES[name].op
+    if op in RULES and op not in BUILT_IN:
+        assert trained.of(name)["rules"] == 1
+
+
+def test_rules_that_help_out_are_used(trained: Trained) -> None:
+    """Where the trainer's own gradient is right in some cases, both ways are compared."""
+    both = {op: {int(trained.of(name)["rules"]) for name in CASES if CASES[name].op == op} for op in BUILT_IN}
+    assert {op for op, used in both.items() if used == {0, 1}} == set(BUILT_IN) & set(RULES)
+
+
+# Where values are equal there is no derivative: (gradient of p0, gradient of p1) for the gradient 1 of each output.
+EQUAL = np.full((2, 3), 0.5, np.float32)
+TIES: dict[str, tuple[Case, tuple[float, ...]]] = {
+    "tie-Max": (Case("Max", (EQUAL, EQUAL)), (1.0, 0.0)),
+    "tie-Min": (Case("Min", (EQUAL, EQUAL)), (1.0, 0.0)),
+    "tie-ReduceMax": (Case("ReduceMax", (EQUAL,), {"axes": [0]}), (1 / 2,)),
+    "tie-ReduceMin": (Case("ReduceMin", (EQUAL,), {"axes": [1], "keepdims": 0}), (1 / 3,)),
+    "tie-GlobalMaxPool": (Case("GlobalMaxPool", (EQUAL.reshape(1, 1, 2, 3),)), (1 / 6,)),
+    "zero-ReduceL2": (Case("ReduceL2", (0 * EQUAL,), {"axes": [0]}), (0.0,)),
+    "zero-LpNormalization": (Case("LpNormalization", (0 * EQUAL,)), (0.0,)),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_equal_values_share_as_documented(name: str, trained: Trained) -> None:
+    case, expected = TIES[name]
+    for parameter, share in zip(case.parameters, expected, strict=True):
+        np.testing.assert_array_equal(trained.of(name)[parameter], np.full_like(case.parameters[parameter], share))
 
 
 # --- straight-through -----------------------------------------------------------------------------------
@@ -230,6 +273,16 @@ def branches(*nodes: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     return {"then_branch": subgraph(*nodes), "else_branch": subgraph(*nodes)}
 
 
+def loop_body() -> onnx.GraphProto:
+    """Doubles its state."""
+    nodes = [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Add", ["state", "state"], ["next"])]
+    value = helper.make_tensor_value_info
+    inputs = [value("i", TensorProto.INT64, []), value("on", TensorProto.BOOL, []), value_info("state", (None,) * 4)]
+    return helper.make_graph(
+        nodes, "body", inputs, [value("still", TensorProto.BOOL, []), value_info("next", (None,) * 4)]
+    )
+
+
 def train(model: Model, folder: Path) -> Trimmed:
     """Two steps of two samples."""
     samples = {"x": signed(40, 2, 5, 5)}
@@ -261,6 +314,32 @@ STOPS = {
         ],
         "runs a subgraph",
     ),
+    "Loop": (
+        [
+            *CONDITION,
+            helper.make_node("Not", ["c"], ["go"]),
+            node("Loop", "count", "go", "a", body=loop_body()),
+        ],
+        "runs a subgraph",
+    ),
+    "sequence": (
+        [
+            helper.make_node("SplitToSequence", ["a"], ["parts"], name="case", axis=1),
+            helper.make_node("ConcatFromSequence", ["parts"], ["b"], axis=1),
+        ],
+        "works on a sequence or an optional value",
+    ),
+    "two-outputs": (
+        [
+            helper.make_node("Unique", ["a"], ["all", "first", "", "counts"], name="case"),
+            helper.make_node("ReduceMax", ["all"], ["largest"]),
+            helper.make_node("Cast", ["counts"], ["numbers"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["numbers"], ["most"]),
+            helper.make_node("Add", ["largest", "most"], ["sum"]),
+            helper.make_node("Expand", ["sum", "sizes"], ["b"]),
+        ],
+        "has no gradient rule",
+    ),
 }
 
 
@@ -268,7 +347,7 @@ STOPS = {
 def test_behind_a_stop_training_goes_on_and_before_it_weights_stay(name: str, ingested: Build, tmp_path: Path) -> None:
     nodes, reason = STOPS[name]
     (operator,) = [node.op_type for node in nodes if node.name == "case"]
-    model = ingested(conv("x", "a"), *nodes, conv("b", "y", "v"))
+    model = ingested(conv("x", "a"), *nodes, conv("b", "y", "v"), count=np.array(2), sizes=ints(2, 3, 3, 3))
     reached = reach(model, make_plan(model), "distill")
     assert reached.trained == ("v",)
     assert reached.untouched == {"w": f"no gradient passes {operator} 'case', because it {reason}"}

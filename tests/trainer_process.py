@@ -34,7 +34,8 @@ def step(folder: Path) -> None:
         feeds = dict(file)
     evaluated = trainer.evaluate(feeds)
     loss = trainer.step(feeds, learning_rate=0.0)
-    results = {**trainer.gradients(), "loss": np.array(loss), "evaluated": np.array(evaluated)}
+    numbers = {"loss": np.array(loss), "evaluated": np.array(evaluated), "rules": np.array(len(registrations))}
+    results = {**trainer.gradients(), **numbers}
     np.savez(folder / "gradients.npz", **results)  # type: ignore[arg-type]  # numpy's stub takes names for options
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onnxqt.model import GraphIndex, Model, Node
+from onnxqt.model import Model, Node
 from onnxqt.ops import Gradient, lookup
 from onnxqt.trim.gradients.built_in import BUILT_IN, BuiltIn
 from onnxqt.trim.gradients.elementwise import RULES as ELEMENTWISE
@@ -29,7 +29,7 @@ RULES: Mapping[str, Rule] = {
     **MATRICES,
 }
 
-_FLOATS = ("float16", "float32", "float64")
+_FLOATS = ("float16", "float64", "bfloat16")  # besides float32; around foreign operators
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +68,49 @@ class Flow:
 
 def find_flow(model: Model, weights: Iterable[str], targets: Iterable[str]) -> Flow:
     """The way of the gradient from the outputs `targets` back to the initializers `weights`."""
-    wanted = list(weights)
-    first = _walk_back(model, _passages(model, wanted), targets)
+    tensors, ends, wanted = _Tensors(model), tuple(targets), tuple(weights)
+    first = _walk_back(model, _passages(tensors, wanted), ends)
     # Weights that nothing reaches are constants in training: rules need no gradients for their sake.
-    passages = _passages(model, [weight for weight in wanted if weight in first.reached])
-    return Flow(passages, _walk_back(model, passages, targets).reached, first.lost)
+    passages = _passages(tensors, [weight for weight in wanted if weight in first.reached])
+    return Flow(passages, _walk_back(model, passages, ends).reached, first.lost)
 
 
-def _passages(model: Model, weights: Iterable[str]) -> dict[str, Passage]:
-    graph = model.graph
+class _Tensors:
+    """What is known of the tensors of a model."""
+
+    def __init__(self, model: Model) -> None:
+        self.opset = model.opset
+        self.graph = model.graph
+        proto = model.proto.graph
+        values = (*proto.input, *proto.output, *proto.value_info)
+        self._others = {value.name for value in values if value.type.WhichOneof("value") not in (None, "tensor_type")}
+
+    def may_hold_floats(self, name: str) -> bool:
+        """Whether a value holds floats, in a sequence perhaps, or nobody knows what it holds."""
+        graph = self.graph
+        return bool(name) and (not graph.is_typed(name) or graph.is_float(name) or str(graph.dtype(name)) in _FLOATS)
+
+    def operand(self, name: str, trained: bool) -> Operand:
+        """What a rule may know of a tensor."""
+        graph = self.graph
+        is_float = graph.is_float(name) or not graph.is_typed(name)  # most likely, behind foreign operators
+        return Operand(graph.shape(name), graph.constant(name), is_float, trained)
+
+    def result(self, name: str) -> Operand | None:
+        """The same for an output; None for one that nobody reads."""
+        if name not in self.graph.consumers and name not in self.graph.outputs:
+            return None
+        return self.operand(name, self.may_hold_floats(name) and name not in self._others)
+
+
+def _passages(tensors: _Tensors, weights: Iterable[str]) -> dict[str, Passage]:
     moving = set(weights)
     passages = {}
-    for node in graph.nodes:
-        results = [tensor for tensor in node.outputs if carries(graph, tensor)]
+    for node in tensors.graph.nodes:
+        results = [name for name in node.outputs if tensors.may_hold_floats(name)]
         # onnxruntime-training aborts where it comes from the loss to a subgraph that captures anything.
         if results and (node.captured or not moving.isdisjoint(node.inputs)):
-            passage = _passage(model, node, moving)
+            passage = _passage(tensors, node, moving)
             passages[node.name] = passage
             moving.update(results if passage.open else ())
     return passages
@@ -111,20 +138,8 @@ def _walk_back(model: Model, passages: Mapping[str, Passage], targets: Iterable[
     return Flow(passages, reached, lost)
 
 
-def carries(graph: GraphIndex, tensor: str) -> bool:
-    """Whether a gradient might pass a tensor: it holds floats, or nobody knows what it holds."""
-    if not tensor:
-        return False
-    return graph.is_float(tensor) or not graph.is_typed(tensor) or _dtype(graph, tensor) in _FLOATS
-
-
-def _dtype(graph: GraphIndex, tensor: str) -> str:
-    value = graph.constant(tensor)
-    return str(graph.dtype(tensor) if value is None else value.dtype)
-
-
-def _passage(model: Model, node: Node, moving: Collection[str]) -> Passage:
-    call = _call(model, node, moving)
+def _passage(tensors: _Tensors, node: Node, moving: Collection[str]) -> Passage:
+    call = _call(tensors, node, moving)
     trained = frozenset(i for i, operand in enumerate(call.inputs) if operand is not None and operand.trained)
     try:
         gradient = _gradient(node, call)
@@ -156,20 +171,13 @@ def _as_it_is(call: Call) -> BuiltIn:
     return BuiltIn()
 
 
-def _call(model: Model, node: Node, moving: Collection[str]) -> Call:
-    graph = model.graph
-    read = {*graph.consumers, *graph.outputs}
-
-    def operand(tensor: str, trained: bool) -> Operand:
-        is_float = graph.is_float(tensor) or not graph.is_typed(tensor)  # most likely, behind foreign operators
-        return Operand(graph.shape(tensor), graph.constant(tensor), is_float, trained)
-
+def _call(tensors: _Tensors, node: Node, moving: Collection[str]) -> Call:
     return Call(
         node.op_type,
-        model.opset,
+        tensors.opset,
         {name: _text(value) for name, value in node.attributes.items()},
-        tuple(operand(tensor, tensor in moving) if tensor else None for tensor in node.inputs),
-        tuple(operand(tensor, carries(graph, tensor)) if tensor in read else None for tensor in node.outputs),
+        tuple(tensors.operand(name, name in moving) if name else None for name in node.inputs),
+        tuple(tensors.result(name) for name in node.outputs),
     )
 
 

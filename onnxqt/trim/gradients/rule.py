@@ -15,7 +15,7 @@ class Operand:
         shape: dimensions, None where unknown; None altogether if not even the rank is known.
         value: of a constant, None for anything computed.
         is_float: whether it holds float32 values.
-        trained: whether its gradient is wanted.
+        trained: of an input, whether its gradient is wanted; of an output, whether a gradient could reach it.
     """
 
     shape: tuple[int | None, ...] | None
