@@ -19,6 +19,7 @@ from onnxqt.ingest.files import read
 from onnxqt.ingest.pads import fold_pads
 from onnxqt.ingest.precision import to_float32
 from onnxqt.ingest.shapes import fold_shapes
+from onnxqt.ingest.support import check_supported, drop_default_inputs, write_dense
 from onnxqt.ingest.units import fuse_activations, fuse_layer_norm, merge_clamps
 from onnxqt.ingest.weights import separate_weights
 from onnxqt.model import Model, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
@@ -72,6 +73,8 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
     if proto.functions:
         changes.append(f"inlined {len(proto.functions)} model-local function(s)")
         proto = inliner.inline_local_functions(proto)
+    changes += [*drop_default_inputs(proto), *write_dense(proto)]
+    check_supported(proto)
     check_quantized(proto, strip_qdq)
     proto, converted = _convert_opset(proto)
     changes += converted

@@ -24,7 +24,7 @@ _NEVER_FOLDED = (
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout", "Identity"),
 )
 _FREE_GROWTH = 1 << 20  # bytes that a folded result may always have
-_MOST = 1 << 31  # bytes of a result that is never folded
+_MOST = (1 << 31) - (1 << 20)  # bytes that are never folded: a protobuf message holds 2 GiB
 
 
 def fold_constants(graph: gs.Graph) -> list[str]:
@@ -42,10 +42,12 @@ def fold_constants(graph: gs.Graph) -> list[str]:
         progress = False
         for part in (graph, *graph.subgraphs(recursive=True)):
             part.toposort(recurse_subgraphs=False)
-            count = sum(_lower_constant(node) or _evaluate(graph, node) for node in part.nodes)
-            branches = [_inline(graph, part, node) for node in part.nodes if _has_constant_condition(node)]
-            folded, inlined = folded + count, inlined + branches
-            progress = bool(progress or branches)
+            folded += sum(_lower_constant(node) or _evaluate(graph, node) for node in part.nodes)
+            node = next((node for node in part.nodes if _has_constant_condition(node)), None)
+            if node is not None:
+                inlined.append(_inline(graph, part, node))
+                progress = True
+                break  # the parts are others now
     graph.cleanup().toposort()
     return ([f"folded {folded} constant node(s)"] if folded else []) + inlined
 
@@ -105,7 +107,7 @@ def _is_foldable(node: gs.Node) -> bool:
         return False
     result = sum(_nbytes(tensor) for tensor in node.outputs)
     source = sum(_nbytes(tensor) for tensor in node.inputs)
-    return result < _MOST and (result <= max(_FREE_GROWTH, 2 * source) or _is_weight(node.outputs[0]))
+    return max(source, result) < _MOST and (result <= max(_FREE_GROWTH, 2 * source) or _is_weight(node.outputs[0]))
 
 
 def _is_plain(dtype: object) -> bool:

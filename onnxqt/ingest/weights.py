@@ -1,8 +1,11 @@
 """Passes that give every weight one channel axis."""
 
 from collections import defaultdict
+from copy import copy
 
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqt.model import Names
 from onnxqt.ops import Kind, lookup, weight_axis
@@ -25,11 +28,21 @@ def separate_weights(graph: gs.Graph) -> list[str]:
                     users[_axis_of_use(node.node, position, constant)].append((node.node, position))
         for axis in list(users)[1:]:
             name = f"{constant.name}.axis_{'none' if axis is None else axis}"
-            copy = gs.Constant(names.new(name), constant.values)
+            own = copied(constant, names.new(name))
             for node, position in users[axis]:
-                node.inputs[position] = copy
+                node.inputs[position] = own
             changes.append(f"duplicated weight '{constant.name}' for {users[axis][0][0].op} (other axis)")
     return changes
+
+
+def copied(constant: gs.Constant, name: str) -> gs.Constant:
+    """A constant of the same values under another name; what is not loaded yet stays so."""
+    values = constant._values
+    if isinstance(values, LazyValues):
+        values = copy(values)
+        values.tensor = TensorProto()
+        values.tensor.CopyFrom(constant._values.tensor)  # the exporter writes the name into it
+    return gs.Constant(name, values)
 
 
 class _ById:

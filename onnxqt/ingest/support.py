@@ -1,0 +1,93 @@
+"""What is brought into a form that a graph can be edited in, and what has none and is refused."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, numpy_helper
+
+from onnxqt.errors import ModelError
+from onnxqt.model import subgraphs_of
+
+_MOST = 1 << 31  # bytes of a constant in a model
+_LOST = ("TENSORS", "GRAPHS", "SPARSE_TENSOR", "SPARSE_TENSORS", "TYPE_PROTO", "TYPE_PROTOS")
+
+
+def write_dense(proto: onnx.ModelProto) -> list[str]:
+    """Write sparse values of Constant nodes as dense ones, in place.
+
+    Raises:
+        ModelError: if one has 2 GiB or more.
+    """
+    changes = []
+    for node in _nodes(proto.graph):
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "sparse_value":
+                dense = _dense(attribute.sparse_tensor, node.output[0])
+                attribute.CopyFrom(onnx.helper.make_attribute("value", numpy_helper.from_array(dense)))
+                changes.append(f"wrote sparse constant '{node.output[0]}' as a dense one")
+    return changes
+
+
+def _dense(sparse: onnx.SparseTensorProto, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    if math.prod(sparse.dims) * values.itemsize >= _MOST:
+        raise ModelError(f"sparse constant '{name}' of shape {list(sparse.dims)} has 2 GiB or more: make it smaller")
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    place = tuple(indices.T) if indices.ndim == 2 else np.unravel_index(indices, dense.shape)
+    dense[place] = values
+    return dense
+
+
+def drop_default_inputs(proto: onnx.ModelProto) -> list[str]:
+    """Say which initializers are inputs too, by which a caller could replace them: they become constants."""
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    names = [value.name for value in proto.graph.input if value.name in initializers]
+    if not names:
+        return []
+    return [f"made constants of {len(names)} initializer(s) that are inputs too, such as '{names[0]}'"]
+
+
+def check_supported(proto: onnx.ModelProto) -> None:
+    """Refuse what the editing of graphs would lose.
+
+    Raises:
+        ModelError: naming the input, output or node.
+    """
+    for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        for value in values:
+            form = value.type.WhichOneof("value") or "tensor_type"
+            if form != "tensor_type":
+                raise ModelError(
+                    f"{kind} '{value.name}' is a {form.removesuffix('_type')}, not a tensor: export the model with "
+                    "tensors as inputs and outputs (scikit-learn: without ZipMap)"
+                )
+    for node in _nodes(proto.graph):
+        label = f"{node.op_type} '{node.name or node.output[0]}'"
+        if node.op_type == "Optional" and not node.domain:
+            raise ModelError(f"{label} makes an optional value, which is not supported: export the model without it")
+        for attribute in node.attribute:
+            if AttributeProto.AttributeType.Name(attribute.type) in _LOST or not _is_text(attribute):
+                raise ModelError(
+                    f"{label} has an attribute '{attribute.name}' of a form that is not supported: "
+                    "export the model without this node"
+                )
+
+
+def _is_text(attribute: AttributeProto) -> bool:
+    """Whether the strings of an attribute are text."""
+    try:
+        for value in (attribute.s, *attribute.strings):
+            value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in subgraphs_of(attribute):
+                yield from _nodes(subgraph)
