@@ -146,6 +146,13 @@ def test_transposed_convolutions(groups: int, bias: bool, op: str) -> None:
     check(text, ["ConvTranspose"], {**constants, **({"b": normal(channels, seed=1)} if bias else {})})
 
 
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gemm_factors_and_what_follows(op: str, bias: bool) -> None:
+    text = f"{ROWS} {{ g = Gemm<alpha = 0.3, beta = 2.5>(x, w{', b' if bias else ''}) y = {op}(g, m) }}"
+    check(text, ["Gemm"])
+
+
 def test_an_omitted_bias_is_no_obstacle() -> None:
     before = build(f"{IMAGE} {{ c = Conv(x, w) y = Mul(c, m) }}", {"w": normal(3, 4, 3, 3), "m": normal(3, 1, 1)})
     before.graph.node[0].input.append("")

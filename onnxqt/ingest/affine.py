@@ -202,10 +202,10 @@ def _scale_output(names: Names, target: _Scalable, a: Array | None, b: Array | N
         _set_constant(names, node, 1, _scaled_weight(node, a))
     place = _bias_of(target)
     old = None if place is None else place[0].inputs[place[1]].values.astype(np.float64)
-    if node.op == "Gemm" and old is not None:
-        old = old * node.attrs.pop("beta", 1.0)
     if old is None and b is None:
         return
+    beta = node.attrs.pop("beta", 1.0) if node.op == "Gemm" else 1.0
+    old = None if old is None else old * beta
     new = (0.0 if old is None else old if a is None else a * old) + (0.0 if b is None else b)
     _set_constant(names, *(place or (node, 2)), np.asarray(new))
 
