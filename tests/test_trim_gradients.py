@@ -88,6 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     for name, (case, _) in TIES.items():
         shapes = [y.shape for y in outputs_of(case, Session(case.forward(), optimize=False), {})]
         write_case(root / name, case.training(shapes), [np.ones(shape, np.float32) for shape in shapes], **case.zeros)
+    write_case(root / "partly", partly_stopped_model(), [UPSTREAM])
     for blend in BLENDS:
         write_case(root / f"blend-{blend}", straight_through_model(), [UPSTREAM], blend=np.float32(blend))
     folders = [str(folder) for folder in root.iterdir()]
@@ -219,6 +220,23 @@ def straight_through_model() -> onnx.ModelProto:
     )
 
 
+def partly_stopped_model() -> onnx.ModelProto:
+    """loss = sum(r Dropout(p0, ratio = mean of p0)), out of training: the ratio has no gradient."""
+    nodes = [
+        helper.make_node("ReduceMean", ["p0"], ["ratio"], keepdims=0),
+        helper.make_node("Dropout", ["p0", "ratio"], ["y"], name="case"),
+        helper.make_node("Mul", ["y", "r0"], ["weighted"]),
+        helper.make_node("ReduceSum", ["weighted"], ["loss"], keepdims=0),
+    ]
+    weight = numpy_helper.from_array(np.abs(UPSTREAM) / 10, "p0")
+    graph = helper.make_graph(nodes, "partly", [value_info("r0", UPSTREAM.shape)], [value_info("loss", ())], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=MAX_IR_VERSION)
+
+
+def test_gradient_passes_one_operand_and_stops_at_another(trained: Trained) -> None:
+    np.testing.assert_array_equal(trained.of("partly")["p0"], UPSTREAM)
+
+
 @pytest.mark.parametrize("blend", BLENDS)
 def test_straight_through_inside_and_outside_the_range(blend: float, trained: Trained) -> None:
     result = trained.of(f"blend-{blend}")
@@ -322,6 +340,14 @@ STOPS = {
         ],
         "runs a subgraph",
     ),
+    "LSTM": (
+        [
+            helper.make_node("Reshape", ["a", "steps"], ["series"]),
+            helper.make_node("LSTM", ["series", "gates", "states"], ["all"], name="case", hidden_size=9, clip=0.5),
+            helper.make_node("Reshape", ["all", "images"], ["b"]),
+        ],
+        "has a state that no rule covers",
+    ),
     "sequence": (
         [
             helper.make_node("SplitToSequence", ["a"], ["parts"], name="case", axis=1),
@@ -342,12 +368,21 @@ STOPS = {
     ),
 }
 
+OPERANDS = {
+    "count": np.array(2),
+    "sizes": ints(2, 3, 3, 3),
+    "steps": ints(3, -1, 9),
+    "images": ints(-1, 3, 3, 3),
+    "gates": signed(1, 36, 9),
+    "states": signed(1, 36, 9) / 3,
+}
+
 
 @pytest.mark.parametrize("name", STOPS)
 def test_behind_a_stop_training_goes_on_and_before_it_weights_stay(name: str, ingested: Build, tmp_path: Path) -> None:
     nodes, reason = STOPS[name]
     (operator,) = [node.op_type for node in nodes if node.name == "case"]
-    model = ingested(conv("x", "a"), *nodes, conv("b", "y", "v"), count=np.array(2), sizes=ints(2, 3, 3, 3))
+    model = ingested(conv("x", "a"), *nodes, conv("b", "y", "v"), **OPERANDS)
     reached = reach(model, make_plan(model), "distill")
     assert reached.trained == ("v",)
     assert reached.untouched == {"w": f"no gradient passes {operator} 'case', because it {reason}"}

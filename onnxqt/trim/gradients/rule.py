@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Vjp:
-    """Nodes that compute `d{i}`, the gradient of input i, from `g{i}`, the gradient of output i.
+    """Nodes that compute `d{i}`, the gradient of input i, from `g{i}`, the gradient of output i if it has one.
 
     Attributes:
         body: nodes in ONNX text; they may also read the inputs `x{i}`, the outputs `y{i}` and the constants.

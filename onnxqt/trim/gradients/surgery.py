@@ -1,6 +1,6 @@
 """Edits of a training graph that let gradients pass, or stop, where `flow` decided it; forward values stay."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from onnxqt.trim.gradients.flow import Flow, Passage
 from onnxqt.trim.gradients.rule import Registration, Vjp
 from onnxqt.trim.gradients.text import DOMAIN, constant_nodes, needed, number, parse, read_names
 
+_REPLACED = ("LSTM", "GRU")  # by kernels of onnxruntime-training that do not take all attributes
 STRAIGHT_THROUGH = ("ProgressiveQDQ", "ReversePrune")  # d output / d first input = 1 everywhere
 
 
@@ -38,13 +39,15 @@ def make_differentiable(graph: gs.Graph, flow: Flow) -> tuple[list[Registration]
         passage = flow.passages.get(node.name)
         before, after = _stops(node, passage)
         nodes += [*before, node, *after]
+        if node.op in _REPLACED:
+            functions.append(_call(node, f"{node.op}_{len(nodes)}", graph.opset))
         if passage is None or not any(tensor.name in flow.reached for tensor in node.outputs):
             continue
         if isinstance(passage.gradient, BuiltIn):
             _prepare(node, passage.gradient)
         elif passage.gradient is not None:
             name = f"{node.op}_{len(registrations)}"
-            registration, pair = _wrap(node, passage, name, graph.opset, flow.reached)
+            registration, pair = _wrap(node, passage, name, graph.opset)
             registrations.append(registration)
             functions += pair
     graph.nodes[:] = nodes
@@ -94,29 +97,21 @@ def _through_sequence(source: gs.Tensor, target: gs.Variable) -> Iterator[gs.Nod
     yield gs.Node("SequenceAt", f"onnxqt.go_on:{name}", inputs=[sequence, first], outputs=[target])
 
 
-def _wrap(
-    node: gs.Node, passage: Passage, name: str, opset: int, reached: Collection[str]
-) -> tuple[Registration, list[onnx.FunctionProto]]:
+def _wrap(node: gs.Node, passage: Passage, name: str, opset: int) -> tuple[Registration, list[onnx.FunctionProto]]:
     """Turn a node into a call of the function `name`, in place, and write its gradient as another function.
 
     In both, `x{i}` and `y{i}` are the operands of the node, without those that are missing.
     """
     vjp = passage.gradient
     assert isinstance(vjp, Vjp)
-    inputs = [f"x{i}" if not x.is_empty() else "" for i, x in enumerate(node.inputs)]
-    outputs = [f"y{i}" if not y.is_empty() else "" for i, y in enumerate(node.outputs)]
-    attributes = {key: value for key, value in node.attrs.items() if value != []}
-    forward = _function(name, opset, [helper.make_node(node.op, inputs, outputs, **attributes)], (inputs, outputs))
+    inputs, outputs = _operand_names(node)
+    forward = _call(node, name, opset)
     body = needed([*constant_nodes(vjp.constants), *parse(vjp.body, opset)], [f"d{i}" for i in passage.open])
-    without = [y for y, tensor in zip(outputs, node.outputs, strict=True) if y and tensor.name not in reached]
     # onnxruntime-training takes result number j for the gradient of input number j, so there is one for each.
     gives = [f"d{i}" if i in passage.open else f"no_d{i}" for i, x in enumerate(inputs) if x]
-    body = [*_zeros(without, body), *body, *constant_nodes({give: number(0) for give in gives if give[0] == "n"})]
+    body = [*body, *constant_nodes({give: number(0) for give in gives if give[0] == "n"})]
     reads = sorted(read_names(body) - {"", *(result for part in body for result in part.output)})
     gradient = _function(f"{name}_gradient", opset, body, (reads, gives))
-    node.inputs = [x for x in node.inputs if not x.is_empty()]
-    node.outputs = [y for y in node.outputs if not y.is_empty()]
-    node.op, node.domain, node.attrs = name, DOMAIN, {}
     operands = _operands([x for x in inputs if x], [y for y in outputs if y])
     registration = Registration(
         f"{DOMAIN}::{name}",
@@ -128,21 +123,28 @@ def _wrap(
     return registration, [forward, gradient]
 
 
+def _call(node: gs.Node, name: str, opset: int) -> onnx.FunctionProto:
+    """Turn a node into a call of the function `name`, in place; returns the function."""
+    inputs, outputs = _operand_names(node)
+    attributes = {key: value for key, value in node.attrs.items() if value != []}
+    forward = _function(name, opset, [helper.make_node(node.op, inputs, outputs, **attributes)], (inputs, outputs))
+    node.inputs = [x for x in node.inputs if not x.is_empty()]
+    node.outputs = [y for y in node.outputs if not y.is_empty()]
+    node.op, node.domain, node.attrs = name, DOMAIN, {}
+    return forward
+
+
+def _operand_names(node: gs.Node) -> tuple[list[str], list[str]]:
+    inputs = [f"x{i}" if not x.is_empty() else "" for i, x in enumerate(node.inputs)]
+    outputs = [f"y{i}" if not y.is_empty() else "" for i, y in enumerate(node.outputs)]
+    return inputs, outputs
+
+
 def _function(
     name: str, opset: int, nodes: list[onnx.NodeProto], operands: tuple[list[str], list[str]]
 ) -> onnx.FunctionProto:
     inputs, outputs = ([operand for operand in side if operand] for side in operands)
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, [helper.make_opsetid("", opset)])
-
-
-def _zeros(outputs: list[str], body: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Zeros for the gradients that a rule reads of outputs that have none."""
-    read = read_names(body)
-    for y in outputs:
-        gradient = f"g{y[1:]}"
-        if gradient in read:
-            yield helper.make_node("Shape", [y], [f"{gradient}_shape"])
-            yield helper.make_node("ConstantOfShape", [f"{gradient}_shape"], [gradient])
 
 
 def _operands(inputs: list[str], outputs: list[str]) -> dict[str, str]:
