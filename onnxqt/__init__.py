@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 from onnxqt.errors import OnnxqtError
 from onnxqt.ingest import ingest
 from onnxqt.model import Model
-from onnxqt.pipeline import Candidate, Settings, Workspace, export, open_workspace, record_ranges, trim
+from onnxqt.pipeline import Candidate, Settings, Workspace, calibrated, export, open_workspace, record_ranges, trim
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.report import Report
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme, parse_scheme
@@ -25,6 +25,7 @@ __all__ = [
     "Settings",
     "Verdict",
     "Workspace",
+    "calibrated",
     "export",
     "ingest",
     "make_plan",

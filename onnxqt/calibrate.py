@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from onnxqt.data import Samples, fixed_batch
-from onnxqt.errors import CalibrationError
+from onnxqt.errors import CalibrationError, UnboundedError
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, Grid, QParams, fake_quantize
 from onnxqt.plan import QuantPlan, tensors_of_group
@@ -71,16 +71,10 @@ class TensorRange:
 
 
 def observe(values: Array) -> TensorRange:
-    """The range of an array of finite values.
-
-    Raises:
-        CalibrationError: for NaN or infinity.
-    """
+    """The range of an array of finite values."""
     if not values.size:
         return TensorRange(0, 0.0, 0.0, _MIN_LIMIT, np.zeros(BINS, np.int64))
     lo, hi = float(values.min()), float(values.max())
-    if not (np.isfinite(lo) and np.isfinite(hi)):
-        raise CalibrationError("takes NaN or infinite values on the samples")
     limit = 2.0 ** np.ceil(np.log2(max(abs(lo), abs(hi), _MIN_LIMIT) * (1 + 2.0**-20)))
     steps = values.ravel() * np.float32(BINS / 2 / limit)  # exact, as the factor is a power of two
     bins = np.floor(steps).astype(np.int32)  # so that each bin is a pair of bins of half the limit
@@ -149,24 +143,27 @@ def calibrate(
         progress: called with the number of samples done.
 
     Raises:
-        CalibrationError: naming a tensor that takes NaN or infinite values.
+        UnboundedError: naming the tensors that take NaN or infinite values.
     """
     names = [site.tensor for site in plan.activations]
     inside = [name for name in names if name not in model.graph.inputs]
     session = Session(with_outputs(model.proto, inside), outputs=inside)
     seen: dict[str, TensorRange] = {}
+    unbounded: dict[str, None] = {}
     done = 0
     pad = fixed_batch(input_specs(model)) is not None
     for batch in samples.batches(batch_size, pad):
         values = {**batch.inputs, **session.run(batch.inputs)}
         for name in names:
-            try:
-                new = observe(values[name])
-            except CalibrationError as error:
-                raise CalibrationError(f"tensor '{name}' {error}: check the samples and the model") from None
+            if not np.isfinite(values[name]).all():
+                unbounded[name] = None
+                continue
+            new = observe(values[name])
             seen[name] = seen[name].merge(new) if name in seen else new
         done += len(batch.index)
         progress(done)
+    if unbounded:
+        raise UnboundedError(list(unbounded))
     return RangeTable(seen, samples.count)
 
 

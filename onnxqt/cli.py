@@ -5,7 +5,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 the emulator contradicts an exported file
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,22 +27,24 @@ from onnxqt.errors import ModelError, OnnxqtError
 from onnxqt.files import write_json
 from onnxqt.ingest import ingest
 from onnxqt.metrics import Tally
-from onnxqt.model import GraphIndex
 from onnxqt.pipeline import (
     EVALUATION_BATCH,
     SCHEMES_FOLDER,
     TABLE,
     Candidate,
     Settings,
+    calibrated,
     make_table,
     open_workspace,
-    record_ranges,
 )
 from onnxqt.pipeline import export as export_files
 from onnxqt.pipeline import trim as run_trim
-from onnxqt.plan import IntegerNode, make_plan
+from onnxqt.plan import make_plan
 from onnxqt.runtime import Session
 from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
+from onnxqt.survey import survey, survey_json
+from onnxqt.survey.page import headlines, tables
+from onnxqt.trim import reach
 from onnxqt.verify import Verdict
 
 MODEL = click.Path(path_type=Path)
@@ -206,8 +208,9 @@ def trim(
 @main.command()
 @click.argument("model", type=MODEL)
 @_options(_STRIP_QDQ, _JSON)
-def inspect(model: Path, strip_qdq: bool, as_json: bool) -> None:
-    """Show what MODEL contains, what will be quantized, and what not and why. Needs no data.
+@click.option("--all", "everything", is_flag=True, help="Print every row of every table.")
+def inspect(model: Path, strip_qdq: bool, as_json: bool, everything: bool) -> None:
+    """Show what MODEL contains, what will be quantized and trained, and what not and why. Needs no data.
 
     \b
     Example:
@@ -215,35 +218,17 @@ def inspect(model: Path, strip_qdq: bool, as_json: bool) -> None:
     """
     ingested = ingest(model, strip_qdq)
     plan = make_plan(ingested)
-    graph = ingested.graph
-    content: dict[str, Any] = {
-        "sha256": ingested.sha256,
-        "opset": ingested.opset,
-        "inputs": _values(graph, graph.inputs),
-        "outputs": _values(graph, graph.outputs),
-        "changes": list(ingested.changes),
-        "operators": dict(Counter(node.op_type for node in graph.nodes).most_common()),
-        "integer_nodes": [
-            {"node": node.name, "op_type": node.op_type, "fused": list(node.followers)} for node in plan.integer_nodes
-        ],
-        "float_nodes": [
-            {"node": node.name, "op_type": node.op_type, "reason": node.reason} for node in plan.float_nodes
-        ],
-        "quantized_tensors": [site.tensor for site in plan.activations],
-        "quantized_weights": [{"tensor": site.tensor, "axis": site.axis} for site in plan.weights],
-    }
+    found = survey(ingested, plan, reach(ingested, plan, "distill"))
     if as_json:
-        _print_json(content)
+        _print_json(survey_json(found))
         return
-    for direction in ("inputs", "outputs"):
-        for value in content[direction]:
-            click.echo(f"{direction[:-1]:7} {value['name']} {value['dtype']} {value['shape']}")
-    for change in ingested.changes:
-        click.echo(f"change  {change}")
-    _print_table("integer nodes", [("node", "operator", "fused behind it"), *_integer_rows(plan.integer_nodes)])
-    floats = Counter((node.op_type, node.reason) for node in plan.float_nodes)
-    rows = [(op, str(count), reason) for (op, reason), count in floats.most_common()]
-    _print_table("float nodes", [("operator", "count", "reason"), *rows])
+    width = Console().width
+    for line in headlines(found, model.name, width, everything):
+        click.echo(line)
+    for table in tables(found, width, everything):
+        if len(table.rows) > 1:
+            click.echo()
+        _print_table(table.title, table.rows)
 
 
 @main.command()
@@ -265,8 +250,7 @@ def calibrate(
     """
     settings = _settings(schemes, steps=0, **rest)
     with _Bar() as bar:
-        work = open_workspace(model, data, None, out, settings, bar)
-        table = record_ranges(work, work.source.model)
+        work, table = calibrated(open_workspace(model, data, None, out, settings, bar))
     content = make_table(work, Candidate(work.source.model, table))
     write_json(work.folder / TABLE, content)
     if as_json:
@@ -300,8 +284,8 @@ def export(
     """
     settings = _settings(schemes, steps=0, **rest)
     with _Bar() as bar:
-        work = open_workspace(model, data, None, out, settings, bar)
-        checkpoint = Candidate(work.source.model, record_ranges(work, work.source.model))
+        work, ranges = calibrated(open_workspace(model, data, None, out, settings, bar))
+        checkpoint = Candidate(work.source.model, ranges)
         exported = export_files(work, checkpoint)
     content = {name: _check_of(scheme.verdict) for name, scheme in exported.items()}
     if as_json:
@@ -389,15 +373,6 @@ def _percent(outcome: dict[str, Any]) -> str:
     return f"{100 * next(iter(outcome['metrics'].values())):.2f}" if outcome["metrics"] else "-"
 
 
-def _values(graph: GraphIndex, names: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"name": name, "dtype": str(graph.dtype(name)), "shape": _shape(graph, name)} for name in names]
-
-
-def _shape(graph: GraphIndex, name: str) -> list[int | str] | None:
-    shape = graph.shape(name)
-    return None if shape is None else ["?" if size is None else size for size in shape]
-
-
 def _untrained(training: dict[str, Any]) -> list[str]:
     """What training left as it was, a line for each reason."""
     if training["reason"] is not None:
@@ -419,10 +394,6 @@ def _check_of(verdict: Verdict | None) -> dict[str, Any] | None:
         "mismatch_fraction": verdict.mismatch_fraction,
         "integer_kernels": verdict.integer_kernels,
     }
-
-
-def _integer_rows(nodes: Sequence[IntegerNode]) -> list[tuple[str, ...]]:
-    return [(node.name, node.op_type, ", ".join(node.followers)) for node in nodes]
 
 
 def _print_json(content: Any) -> None:

@@ -227,7 +227,7 @@ class Samples:
                 arrays[name][here] = rows
         labels = arrays.pop(LABELS) if self.has_labels else None
         if self.stacked:
-            return Batch({name: rows[0] for name, rows in arrays.items()}, labels, index, 0)
+            return Batch({name: rows[0, ...] for name, rows in arrays.items()}, labels, index, 0)
         return Batch(arrays, labels, index, len(index))
 
     def split(self, fraction: float, limit: int) -> tuple["Samples", "Samples"]:

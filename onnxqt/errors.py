@@ -3,6 +3,8 @@
 A message names what is wrong, where, and what to do. The command line prints it and ends with `exit_code`.
 """
 
+from collections.abc import Sequence
+
 
 class OnnxqtError(Exception):
     """Base of all errors of this package; `str(error)` is one line that can be shown to a user."""
@@ -36,6 +38,16 @@ class DataError(OnnxqtError):
 
 class CalibrationError(OnnxqtError):
     """No usable range could be found for a tensor."""
+
+
+class UnboundedError(CalibrationError):
+    """Tensors take NaN or infinite values, which no range holds."""
+
+    def __init__(self, tensors: Sequence[str]) -> None:
+        super().__init__(
+            f"tensor '{tensors[0]}' takes NaN or infinite values on the samples: check the samples and the model"
+        )
+        self.tensors = tuple(tensors)
 
 
 class TrainingError(OnnxqtError):

@@ -16,6 +16,11 @@ def convert_opset(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
     Raises:
         ModelError: naming the operator for which there is no conversion.
     """
+    if opset_of(proto) < 9 and "Scan" in _op_types(proto):
+        raise ModelError(
+            f"opset {opset_of(proto)} cannot be converted to {version} (Scan had a batch axis then, which onnx's "
+            "converter loses): export the model with a newer opset"
+        )
     expanded = _without_newer(proto, version)
     lean = without_large(expanded)
     try:

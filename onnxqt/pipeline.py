@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,7 @@ import onnx
 
 from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
 from onnxqt.data import Batch, Samples, check_labels, fixed_batch, open_samples, require
-from onnxqt.errors import DataError, ModelError, UsageError
+from onnxqt.errors import DataError, ModelError, UnboundedError, UsageError
 from onnxqt.evaluate import Reference, evaluate, evaluate_file
 from onnxqt.export import neutral_table, quantized_model
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
@@ -236,8 +236,9 @@ def trim(
             f"'{model}' has more than {EMBED_LIMIT >> 30} GiB of weights, which the trainer and the emulator cannot "
             "hold: use 'onnxqt export' for quantization without training"
         )
+    work, ranges = calibrated(work)
     source, settings, folder = work.source, work.settings, work.folder
-    original = checkpoint = Candidate(source.model, record_ranges(work, source.model))
+    original = checkpoint = Candidate(source.model, ranges)
     trimmed = _train(work, data, original.ranges)
     if trimmed.best_step:
         checkpoint = Candidate(trimmed.model, record_ranges(work, trimmed.model))
@@ -281,6 +282,21 @@ def open_workspace(
         require(source.training, source.batch_size, "one training batch")
     folder = make_folder(Path(out) if out is not None else Path(f"{model.stem}-onnxqt"))
     return Workspace(source, settings, folder, progress)
+
+
+def calibrated(work: Workspace) -> tuple[Workspace, RangeTable]:
+    """Calibrate the original model.
+
+    Nodes around tensors that take NaN or infinite values, such as a mask of minus infinity, become float nodes of
+    the plan in the workspace that is returned.
+    """
+    while True:
+        source = work.source
+        try:
+            return work, record_ranges(work, source.model)
+        except UnboundedError as error:
+            plan = make_plan(source.model, (*source.plan.unbounded, *error.tensors))
+            work = replace(work, source=replace(source, plan=plan))
 
 
 def record_ranges(work: Workspace, model: Model) -> RangeTable:

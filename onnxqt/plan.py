@@ -14,7 +14,7 @@ The plan looks at the graph alone: it holds no data and no scales. Its rules:
 * Operators that move or select codes, and Concat, share one grid between inputs and output.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,11 +88,19 @@ class FloatNode:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Every decision about the graph; the nodes in topological order."""
+    """Every decision about the graph; the nodes in topological order.
+
+    Attributes:
+        activations: the quantized activations.
+        integer_nodes: the nodes that run on integers.
+        float_nodes: the nodes that stay float, with reasons.
+        unbounded: tensors that no grid can hold, which the plan was told of.
+    """
 
     activations: tuple[ActivationSite, ...]
     integer_nodes: tuple[IntegerNode, ...]
     float_nodes: tuple[FloatNode, ...]
+    unbounded: tuple[str, ...] = ()
 
     @cached_property
     def weights(self) -> tuple[WeightSite, ...]:
@@ -100,13 +108,18 @@ class QuantPlan:
         return tuple(dict.fromkeys(node.weight for node in self.integer_nodes if node.weight))
 
 
-def make_plan(model: Model) -> QuantPlan:
-    """Decide where the quantizers of `model` go."""
+def make_plan(model: Model, unbounded: Collection[str] = ()) -> QuantPlan:
+    """Decide where the quantizers of `model` go.
+
+    Args:
+        model: the float model.
+        unbounded: tensors that take NaN or infinite values, such as a mask of minus infinity; they stay float.
+    """
     graph = model.graph
     candidates: dict[str, IntegerNode] = {}
     reasons: dict[str, str] = {}
     for node in graph.nodes:
-        verdict = _candidate(graph, node)
+        verdict = _bounded(_candidate(graph, node), unbounded)
         if isinstance(verdict, str):
             reasons[node.name] = verdict
         else:
@@ -123,7 +136,17 @@ def make_plan(model: Model) -> QuantPlan:
             for node in graph.nodes
             if node.name not in integer
         ),
+        unbounded=tuple(unbounded),
     )
+
+
+def _bounded(verdict: IntegerNode | str, unbounded: Collection[str]) -> IntegerNode | str:
+    """The verdict on a node, unless a tensor of its integer form has no finite range."""
+    if isinstance(verdict, IntegerNode):
+        for tensor in (*verdict.inputs, verdict.output):
+            if tensor in unbounded:
+                return f"'{tensor}' takes NaN or infinite values on the samples"
+    return verdict
 
 
 def _unpaid(node: Node, quantized: set[str]) -> str:

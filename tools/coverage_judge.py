@@ -106,11 +106,18 @@ def run_float(proto: onnx.ModelProto | str, feeds: Feeds, optimize: bool) -> dic
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     source = proto if isinstance(proto, str) else proto.SerializeToString()
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    wanted = {value.name for value in session.get_inputs()}
+    wanted = {value.name: value.type for value in session.get_inputs()}
     names = [value.name for value in session.get_outputs()]
-    given = {name: feed if isinstance(feed, list | None) else np.asarray(feed) for name, feed in feeds.items()}
-    values = session.run(names, {name: feed for name, feed in given.items() if name in wanted})
+    values = session.run(names, {name: _fed(feed, wanted[name]) for name, feed in feeds.items() if name in wanted})
     return dict(zip(names, values, strict=True))
+
+
+def _fed(feed: Any, kind: str) -> Any:
+    """A feed as the model takes it: ingest makes float16 and float64 inputs float32."""
+    if isinstance(feed, list | None):
+        return feed
+    array = np.asarray(feed)
+    return array.astype(np.float32) if kind == "tensor(float)" and array.dtype.kind == "f" else array
 
 
 def run_both(proto: onnx.ModelProto, feeds: Feeds) -> list[dict[str, Any]]:
@@ -158,8 +165,8 @@ def difference(actual: Any, expected: Any) -> float:
     if expected is None or actual is None:
         return 0.0 if expected is actual else math.inf
     a, b = np.asarray(actual), np.asarray(expected)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return math.inf
+    if a.shape != b.shape or (a.dtype != b.dtype and not a.dtype.kind == b.dtype.kind == "f"):
+        return math.inf  # (ingest makes float32 of all floats)
     if a.dtype.kind not in "fc":
         return 0.0 if np.array_equal(a, b) else math.inf
     wide = np.complex128 if a.dtype.kind == "c" else np.float64
@@ -294,7 +301,9 @@ def _judge_untrained(case: Case, original: Original, row: Row) -> None:
 
 def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], None]) -> None:
     """Inspect, compare the float path, calibrate, trim and export; adds what it finds to `row`."""
-    from onnxqt import Candidate, Settings, ingest, make_plan, open_workspace, parse_scheme, record_ranges
+    from onnxqt import Candidate, Settings, calibrated, ingest, make_plan, open_workspace, parse_scheme
+    from onnxqt.data import has_batch_axis
+    from onnxqt.model import input_specs
     from onnxqt.pipeline import make_table
 
     begin("inspect")
@@ -307,11 +316,12 @@ def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], Non
     data = case.folder / "samples"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
-    samples = make_samples(original.proto, original.feeds, zlib.crc32(case.name.encode()))
+    batched = has_batch_axis(input_specs(model))
+    samples = make_samples(original.feeds, batched, zlib.crc32(case.name.encode()))
     np.savez(data / "samples.npz", **samples)  # type: ignore[arg-type]
     settings = Settings((parse_scheme(SCHEME),), steps=0, batch_size=BATCH)
-    work = open_workspace(case.model, data, out=case.folder / "run", settings=settings)
-    make_table(work, Candidate(work.source.model, record_ranges(work, work.source.model)))
+    work, ranges = calibrated(open_workspace(case.model, data, out=case.folder / "run", settings=settings))
+    make_table(work, Candidate(work.source.model, ranges))
     begin("trim")
     row |= _export(case, original, STEPS)
 

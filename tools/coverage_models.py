@@ -151,27 +151,14 @@ def _table_rows(proto: onnx.ModelProto, name: str) -> int | None:
     return None
 
 
-def has_batch_axis(proto: onnx.ModelProto, feeds: Feeds) -> bool:
-    """Whether the first axes of all inputs are the same axis; if not, samples are stacked along a new one."""
-    firsts: set[int | str] = set()
-    for value in graph_inputs(proto):
-        if not np.shape(feeds[value.name]):
-            return False
-        dims = value.type.tensor_type.shape.dim
-        if dims and (dims[0].dim_value or dims[0].dim_param):
-            firsts.add(dims[0].dim_value or dims[0].dim_param)
-    lengths = {np.shape(feed)[0] for feed in feeds.values()}
-    return len(lengths) == 1 and sum(isinstance(first, str) for first in firsts) <= 1
-
-
-def make_samples(proto: onnx.ModelProto, feeds: Feeds, seed: int) -> dict[str, np.ndarray]:
+def make_samples(feeds: Feeds, batched: bool, seed: int) -> dict[str, np.ndarray]:
     """Several samples like the feeds: floats vary a little, everything else is repeated.
 
+    `batched`: the feeds have the samples along their first axis; if not, they are stacked along a new one.
     Values that are not finite become finite, since samples have to be. What is no array is left out.
     """
     rng = np.random.default_rng(seed)
     arrays = {name: np.asarray(feed) for name, feed in feeds.items() if isinstance(feed, np.ndarray | np.generic)}
-    batched = has_batch_axis(proto, arrays) if len(arrays) == len(feeds) else False
     length = len(next(iter(arrays.values()))) if batched and arrays else 1
     copies = max(3, math.ceil(SAMPLES / max(1, length)))
     varied = _varied(arrays)

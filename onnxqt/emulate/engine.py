@@ -340,7 +340,7 @@ def _conv(graph: Graph, node: NodeProto) -> None:
         bare = helper.make_node(node.op_type, node.input[:2], node.output)
         bare.attribute.extend(node.attribute)
         constant = numpy_helper.from_array(part.astype(np.float32), node.input[1])
-        run = one_node_run(bare, node.input[:1], [constant], graph.proto.opset_import)
+        run = one_node_run(bare, [constant], graph.proto.opset_import, {node.input[0]: None})
         return lambda x: run(x)[0]
 
     def exact(x: Array, dtype: Any) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, inliner, numpy_helper
 
 from onnxqt import numerics
 from onnxqt.emulate.program import Run, Step, Tensor
@@ -211,21 +211,32 @@ def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
         for name in read_names(node)
         if name not in names
     ]
-    return one_node_run(node, names, constants, graph.proto.opset_import)
+    types = {value.name: value.type for value in graph.proto.graph.value_info}
+    return one_node_run(node, constants, graph.proto.opset_import, {name: types.get(name) for name in names})
 
 
-def one_node_run(node: NodeProto, names: Sequence[str], constants: Sequence[TensorProto], opsets: Any) -> Run:
-    """One node in ONNX Runtime; a session per combination of input types."""
+def one_node_run(
+    node: NodeProto, constants: Sequence[TensorProto], opsets: Any, inputs: Mapping[str, TypeProto | None]
+) -> Run:
+    """One node in ONNX Runtime; a session per combination of input types.
+
+    `inputs` are the values that it gets, with their types in the file, which say what a sequence holds.
+    """
     outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
 
     @functools.cache
-    def session(types: tuple[int, ...]) -> Session:
-        inputs = [helper.make_tensor_value_info(n, kind, None) for n, kind in zip(names, types, strict=True)]
-        inner = helper.make_graph([node], "node", inputs, outputs, constants)
+    def session(kinds: tuple[int | None, ...]) -> Session:
+        infos = [
+            helper.make_tensor_value_info(name, kind, None) if kind else onnx.ValueInfoProto(name=name, type=declared)
+            for (name, declared), kind in zip(inputs.items(), kinds, strict=True)
+        ]
+        inner = helper.make_graph([node], "node", infos, outputs, constants)
         return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10))
 
     def run(*values: Array) -> tuple[Array, ...]:
-        types = tuple(helper.np_dtype_to_tensor_dtype(value.dtype) for value in values)
-        return tuple(session(types).run(dict(zip(names, values, strict=True))).values())
+        kinds = tuple(
+            helper.np_dtype_to_tensor_dtype(value.dtype) if isinstance(value, np.ndarray) else None for value in values
+        )
+        return tuple(session(kinds).run(dict(zip(inputs, values, strict=True))).values())
 
     return run

@@ -149,7 +149,7 @@ class Program:
         outputs = {
             name: numerics.dequantize(codes[name].codes, codes[name].params)
             if name in wanted
-            else computed[name].astype(dtype or computed[name].dtype)
+            else _typed(computed[name], dtype)
             for name, dtype in self.outputs.items()
         }
         overflows = {s.info.name: int(computed[s.overflows]) for s in self.steps if s.overflows}
@@ -161,10 +161,20 @@ class Program:
         for step, unused in zip(self.steps, _last_uses(self.steps), strict=True):
             results = dict(zip(step.outputs, execute(step, values), strict=True))
             computed |= {name: value for name, value in results.items() if name in keep or name == step.overflows}
-            values.update((name, np.asarray(replaced.get(name, value))) for name, value in results.items())
+            values.update((name, _value(replaced.get(name, value))) for name, value in results.items())
             for name in unused:
                 del values[name]
         return computed
+
+
+def _value(value: Any) -> Any:
+    """Numpy makes a scalar of a calculation with arrays without axes; a sequence stays a list."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
+def _typed(value: Any, dtype: Any) -> Any:
+    """An output in the type that the file declares; sequences as they are."""
+    return value.astype(dtype or value.dtype) if isinstance(value, np.ndarray) else value
 
 
 def _last_uses(steps: Sequence[Step]) -> list[set[str]]:

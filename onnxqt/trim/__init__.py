@@ -142,7 +142,8 @@ def trim(
         jobs.write_activations(folder, index, activation_params(plan, ranges, scheme, settings.method))
     for stale in (jobs.BEST, jobs.LAST):
         (folder / stale).unlink(missing_ok=True)
-    jobs.write(folder, _job(data, settings, targets, scope.trained, tuple(registrations)))
+    job = _job(data, settings, targets, scope.trained, tuple(registrations))
+    jobs.write(folder, replace(job, unbounded=plan.unbounded))
     history: list[dict[str, Any]] = []
     for report in _reports(folder):
         history.append(report)

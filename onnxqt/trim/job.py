@@ -40,6 +40,7 @@ class Job:
     held_limit: int
     refresh_every: int
     evaluate_every: int
+    unbounded: tuple[str, ...] = ()
 
 
 def write(folder: Path, job: Job) -> None:
@@ -52,6 +53,7 @@ def read(folder: Path) -> Job:
     plain = json.loads((folder / _JOB).read_text())
     plain["schemes"] = tuple(plain["schemes"])
     plain["parameters"] = tuple(plain["parameters"])
+    plain["unbounded"] = tuple(plain["unbounded"])
     plain["targets"] = tuple(Target(**target) for target in plain["targets"])
     plain["registrations"] = tuple(_registration(fields) for fields in plain["registrations"])
     return Job(**plain)

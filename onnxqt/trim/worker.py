@@ -149,7 +149,7 @@ def load_task(folder: Path) -> Task:
     """Read a job and everything it names."""
     job = jobs.read(folder)
     model = Model(onnx.load(folder / jobs.START), "")
-    plan = make_plan(model)
+    plan = make_plan(model, job.unbounded)
     specs = input_specs(model)
     training, held = open_samples(job.data, specs).split(job.held_fraction, job.held_limit)
     teacher = Session(model.proto)
