@@ -1,10 +1,11 @@
 """Passes that remove what a constant can replace, or nothing at all."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxqt.errors import ModelError
@@ -23,6 +24,7 @@ _NEVER_FOLDED = (
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "Dropout", "Identity"),
 )
+_GROUP = 64  # nodes that are computed together
 _FREE_GROWTH = 1 << 20  # bytes that a folded result may always have
 _MOST = (1 << 31) - (1 << 20)  # bytes that are never folded: a protobuf message holds 2 GiB
 
@@ -30,9 +32,8 @@ _MOST = (1 << 31) - (1 << 20)  # bytes that are never folded: a protobuf message
 def fold_constants(graph: gs.Graph) -> list[str]:
     """What can be computed from constants, and the branch that an If with a constant condition takes.
 
-    ONNX Runtime computes it, node by node, so that a node it cannot run just stays. What has no inputs but gives
-    out something else each time stays too, and so does what would take much more room than it is made of, unless
-    it is a weight.
+    ONNX Runtime computes it; a node that it cannot run just stays. What gives out something else each time stays
+    too, and so does what would take much more room than it is made of, unless it is a weight.
     """
     folded, inlined = 0, list[str]()
     for part in (graph, *graph.subgraphs(recursive=True)):
@@ -42,7 +43,7 @@ def fold_constants(graph: gs.Graph) -> list[str]:
         progress = False
         for part in (graph, *graph.subgraphs(recursive=True)):
             part.toposort(recurse_subgraphs=False)
-            folded += sum(_lower_constant(node) or _evaluate(graph, node) for node in part.nodes)
+            folded += sum(_lower_constant(node) for node in part.nodes) + _evaluate(graph, part)
             node = next((node for node in part.nodes if _has_constant_condition(node)), None)
             if node is not None:
                 inlined.append(_inline(graph, part, node))
@@ -74,25 +75,57 @@ def _make_constant(node: gs.Node, values: list[Array]) -> None:
     node.inputs.clear()
 
 
-def _evaluate(graph: gs.Graph, node: gs.Node) -> bool:
-    """Replace the outputs of a node by constants if that can and should be done."""
-    if not _is_foldable(node):
-        return False
+def _evaluate(graph: gs.Graph, part: gs.Graph) -> int:
+    """Replace the outputs of nodes by constants where that can and should be done; for how many it was."""
+    count, failed = 0, set[int]()
+    while ready := [node for node in part.nodes if id(node) not in failed and _is_foldable(node)]:
+        for group in _groups(ready):
+            if _run(graph, group):
+                count += len(group)
+                continue
+            alone = {id(node) for node in group if len(group) > 1 and _run(graph, [node])}
+            failed |= {id(node) for node in group} - alone
+            count += len(alone)
+    return count
+
+
+def _groups(nodes: list[gs.Node]) -> Iterator[list[gs.Node]]:
+    """Nodes to be computed together: a session for each would take milliseconds, one for all much memory."""
+    group: list[gs.Node] = []
+    for node in nodes:
+        small = sum(map(_nbytes, node.inputs)) <= _FREE_GROWTH
+        if not small or len(group) == _GROUP:
+            if group:
+                yield group
+            group = []
+        if not small:
+            yield [node]
+            continue
+        group.append(node)
+    if group:
+        yield group
+
+
+def _run(graph: gs.Graph, nodes: list[gs.Node]) -> bool:
+    """Compute nodes of constants by ONNX Runtime, if it can."""
+    results = [tensor for node in nodes for tensor in node.outputs if not tensor.is_empty()]
+    operands = {tensor.name: tensor for node in nodes for tensor in node.inputs if not tensor.is_empty()}
     proto = helper.make_graph(
-        [OnnxExporter.export_node(node)],
+        [OnnxExporter.export_node(node) for node in nodes],
         "folded",
         [],
-        [helper.make_empty_tensor_value_info(tensor.name) for tensor in node.outputs if not tensor.is_empty()],
-        [_initializer(tensor) for tensor in {t.name: t for t in node.inputs if not t.is_empty()}.values()],
+        [helper.make_empty_tensor_value_info(tensor.name) for tensor in results],
+        [numpy_helper.from_array(tensor.values, name) for name, tensor in operands.items()],
     )
     model = helper.make_model(proto, opset_imports=graph.import_domains, ir_version=graph.ir_version)
     try:
-        results = Session(model, optimize=False).run({})
+        values = Session(model, optimize=False).run({})
     except ModelError:
         return False
-    if not all(np.issubdtype(value.dtype, np.number) or value.dtype == bool for value in results.values()):
+    if not all(np.issubdtype(value.dtype, np.number) or value.dtype == bool for value in values.values()):
         return False
-    _make_constant(node, [results.get(tensor.name, np.zeros(0)) for tensor in node.outputs])
+    for node in nodes:
+        _make_constant(node, [values.get(tensor.name, np.zeros(0)) for tensor in node.outputs])
     return True
 
 
@@ -129,10 +162,6 @@ def _is_weight(tensor: gs.Tensor) -> bool:
         for node in tensor.outputs
         if len(node.inputs) > 1 and lookup(node.op, node.domain or "").kind is Kind.WEIGHTED
     )
-
-
-def _initializer(tensor: gs.Constant) -> TensorProto:
-    return numpy_helper.from_array(tensor.values, tensor.name)
 
 
 # --- If ---------------------------------------------------------------------------------------------------
