@@ -25,7 +25,7 @@ ORDER = (
     {"emulate"},
     {"verify"},
     {"evaluate"},
-    {"report"},
+    {"report", "survey"},
     {"pipeline"},
     {"cli"},
 )

@@ -103,27 +103,40 @@ def test_inspect(digits: Digits) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     graph, plan = digits.model.graph, digits.plan
     assert content["sha256"] == digits.model.sha256
-    assert content["opset"] == 17
+    assert content["opset"] == content["original_opset"] == 17
     assert [value["name"] for value in content["inputs"]] == list(graph.inputs)
-    assert content["outputs"][0]["shape"] == ["?", 10]
+    assert content["outputs"][0]["shape"][1:] == [10]
     assert content["changes"] == list(digits.model.changes)
-    assert sum(content["operators"].values()) == len(graph.nodes)
+    assert sum(operator["count"] for operator in content["operators"]) == len(graph.nodes)
     assert [node["node"] for node in content["integer_nodes"]] == [node.name for node in plan.integer_nodes]
     assert [node["reason"] for node in content["float_nodes"]] == [node.reason for node in plan.float_nodes]
     assert content["quantized_tensors"] == [site.tensor for site in plan.activations]
     assert content["quantized_weights"] == [{"tensor": site.tensor, "axis": site.axis} for site in plan.weights]
+    assert content["macs"]["complete"]
+    assert content["problems"] == []
 
 
 def test_inspect_for_people(digits: Digits) -> None:
     result = invoke("inspect", digits.file)
     assert (result.exit_code, result.stderr) == (0, "")
-    compact = "".join(result.stdout.split())  # long names are folded
-    assert f"input{digits.model.graph.inputs[0]}float32" in compact
-    assert all(f"change{''.join(change.split())}" in compact for change in digits.model.changes)
-    operators = [node.op_type for node in digits.plan.integer_nodes] + [
-        node.op_type for node in digits.plan.float_nodes
-    ]
-    assert all(operator in result.stdout for operator in operators)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    page = " ".join(result.stdout.split())
+    content = json.loads(invoke("inspect", digits.file, "--json").stdout)
+    assert f"input {digits.model.graph.inputs[0]} float32 [" in page
+    assert f"MACs {content['macs']['per_sample']:,} per sample" in page
+    assert f"training moves all {len(content['training']['trained'])} weights and biases" in page
+    assert all(operator["op_type"] in page for operator in content["operators"])
+
+
+def test_inspect_prints_everything_if_asked(digits: Digits) -> None:
+    page = " ".join(invoke("inspect", digits.file, "--all").stdout.split())
+    assert all(change in page for change in digits.model.changes)
+    assert all(node.name in page for node in digits.plan.float_nodes)
+
+
+def test_inspect_needs_no_trainer(torch_digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxqt.runtime.installed", lambda distribution: None)
+    assert invoke("inspect", torch_digits.file).exit_code == 0
 
 
 def test_calibrate_writes_the_table_it_prints(digits: Digits, tmp_path: Path) -> None:
