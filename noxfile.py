@@ -55,3 +55,10 @@ def schemes(session: nox.Session, scheme: str) -> None:
         session.run(sys.executable, "-m", "venv", str(folder))
     session.run(str(python), "-m", "pip", "install", "--quiet", ".[test]")
     session.run(str(python), "-m", "pytest", "tests/contracts/test_schemes.py", "-k", f"[{scheme}-")
+
+
+@nox.session
+def large(session: nox.Session) -> None:
+    """A model of 3 GB: memory of inspect, calibrate and export. Takes 7 GB of disk."""
+    session.install(".")
+    session.run("python", "tools/large_model.py", "--out", f"{session.create_tmp()}/large", *session.posargs)

@@ -56,7 +56,7 @@ class Model:
         proto.CopyFrom(self.proto)
         for initializer in proto.graph.initializer:
             if initializer.name in weights:
-                value = np.ascontiguousarray(weights[initializer.name], np.float32)
+                value = np.asarray(weights[initializer.name], np.float32, order="C")
                 initializer.CopyFrom(numpy_helper.from_array(value, initializer.name))
         return Model(proto, self.sha256, self.changes)
 

@@ -47,6 +47,15 @@ class Op:
     reason: str = ""
 
 
+# Functions of single values: a chain of them that begins and ends in one tensor is an activation function.
+ELEMENTWISE = frozenset(
+    (
+        *("Abs", "Celu", "Cos", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log"),
+        *("Mish", "Mul", "Neg", "Pow", "Reciprocal", "Selu", "Sigmoid", "Sin", "Softplus", "Softsign", "Sqrt", "Sub"),
+        *("Tanh", "ThresholdedRelu"),
+    )
+)
+
 _KINDS = {
     Kind.WEIGHTED: "Conv ConvTranspose Gemm MatMul",
     Kind.ADD: "Add",

@@ -233,7 +233,7 @@ def trim(
     work = open_workspace(Path(model), data, evaluation, out, settings, progress)
     if work.source.model.is_large:
         raise ModelError(
-            f"'{model}' has more than {EMBED_LIMIT >> 30} GiB of weights, which the trainer and the emulator cannot "
+            f"'{model}' has more than {EMBED_LIMIT / 2**30:g} GiB of weights, which the trainer and the emulator cannot "
             "hold: use 'onnxqt export' for quantization without training"
         )
     work, ranges = calibrated(work)

@@ -10,6 +10,8 @@ The plan looks at the graph alone: it holds no data and no scales. Its rules:
   unlike as the boxes and the scores of a detector.
 * What is only compared, such as the condition of an If, is not rounded for it.
 * What moves codes between an input of the model and an integer node is integer: the model takes codes.
+* An activation function that exporters write as several nodes (x * sigmoid(x), the tanh form of GELU) is one unit:
+  no quantizer inside.
 * A tensor has one quantizer, whoever reads it.
 * Operators that move or select codes, and Concat, share one grid between inputs and output.
 """
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from onnxqt.model import GraphIndex, Model, Node
-from onnxqt.ops import Kind, lookup, weight_axis
+from onnxqt.ops import ELEMENTWISE, Kind, lookup, weight_axis
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def make_plan(model: Model, unbounded: Collection[str] = ()) -> QuantPlan:
     graph = model.graph
     candidates: dict[str, IntegerNode] = {}
     reasons: dict[str, str] = {}
+    inner = _inside_activations(graph)
     for node in graph.nodes:
-        verdict = _bounded(_candidate(graph, node), unbounded)
+        verdict = inner.get(node.name) or _bounded(_candidate(graph, node), unbounded)
         if isinstance(verdict, str):
             reasons[node.name] = verdict
         else:
@@ -267,6 +270,29 @@ def _clamps(graph: GraphIndex, tensor: str) -> tuple[tuple[str, ...], str]:
     if any(bound and bound not in graph.initializers for bound in reader.inputs[1:]):
         return (), tensor
     return (reader.name,), reader.outputs[0]
+
+
+def _inside_activations(graph: GraphIndex) -> dict[str, str]:
+    """Why an Add in the middle of an activation function is not integer, by its name.
+
+    All its operands are functions, value by value, of one tensor: x + 0.044715 x^3.
+    """
+    origin: dict[str, str] = {}  # the one tensor of which another is a function value by value
+    reasons = {}
+    for node in graph.nodes:
+        is_add = lookup(node.op_type, node.domain).kind is Kind.ADD
+        if node.domain or not (is_add or node.op_type in ELEMENTWISE):
+            continue
+        operands = [tensor for tensor in node.inputs if tensor not in graph.initializers]
+        origins = {origin.get(tensor, tensor) for tensor in operands}
+        if len(origins) != 1 or not all(graph.is_float(tensor) for tensor in operands):
+            continue
+        if is_add and not any(tensor in origin for tensor in operands):
+            continue  # a tensor plus itself or a constant
+        origin[node.outputs[0]] = origins.pop()
+        if is_add:
+            reasons[node.name] = f"is part of an activation function of '{origin[node.outputs[0]]}'"
+    return reasons
 
 
 # --- the whole graph: which candidates pay? -------------------------------------------------------------

@@ -17,6 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqt.numerics import Array
 
+_PACKED = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)  # two values in a byte
 _LARGE = 1 << 16  # bytes; smaller constants can be shapes, whose values matter to shape inference
 
 
@@ -43,16 +44,21 @@ def set_external(tensor: TensorProto, location: str, offset: int) -> None:
 
 def nbytes(tensor: TensorProto) -> int:
     """Size of a tensor's values by its shape and element type, in bytes."""
-    bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * _dtype(tensor).itemsize
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    bits = 4 if tensor.data_type in _PACKED else 8 * int(_dtype(tensor).itemsize)
+    return (int(math.prod(tensor.dims)) * bits + 7) // 8
 
 
 def values_of(tensor: TensorProto) -> Array:
     """The values of a constant, read from its file if they are there."""
     if not is_external(tensor):
         return numpy_helper.to_array(tensor)
-    read = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=raw_bytes(tensor))
-    return numpy_helper.to_array(read)
+    if tensor.data_type in _PACKED:
+        read = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=raw_bytes(tensor))
+        return numpy_helper.to_array(read)
+    offset = int(external_field(tensor, "offset") or 0)
+    dtype = _dtype(tensor).newbyteorder("<")
+    values = np.fromfile(external_field(tensor, "location"), dtype, math.prod(tensor.dims), offset=offset)
+    return values.reshape(tensor.dims)
 
 
 def raw_bytes(tensor: TensorProto) -> bytes:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from helpers import build, normal
 
 import onnxqt
 from onnxqt.errors import ContradictionError
 from onnxqt.model import Model
-from tests.helpers import build, normal
 
 TOOLS = Path(__file__).parents[1] / "tools"
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="the tool ends process groups")

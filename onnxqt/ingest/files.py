@@ -12,7 +12,7 @@ from onnxqt.errors import ModelError, first_line
 from onnxqt.model import subgraphs_of
 from onnxqt.tensors import check_model, external_field, is_external, nbytes, raw_bytes, set_external
 
-EMBED_LIMIT = 1 << 30  # bytes of external data up to which a model is held as one protobuf message
+EMBED_LIMIT = 7 << 28  # 1.75 GiB of external data: up to there a model fits into one protobuf message of 2 GiB
 _LARGE = 1 << 20  # bytes of a weight that stays in its file
 
 

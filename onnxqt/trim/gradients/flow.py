@@ -4,6 +4,7 @@ From the weights on, the gradient passes a node where onnxruntime-training has i
 Where it cannot pass, what lies before is not trained through that node, and what lies behind trains on.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ RULES: Mapping[str, Rule] = {
     **MATRICES,
 }
 
+_LONGEST = 1 << 12  # elements of a constant that a rule may read as a parameter
 _FLOATS = ("float16", "float64", "bfloat16")  # besides float32; around foreign operators
 
 
@@ -94,7 +96,9 @@ class _Tensors:
         """What a rule may know of a tensor."""
         graph = self.graph
         is_float = graph.is_float(name) or not graph.is_typed(name)  # most likely, behind foreign operators
-        return Operand(graph.shape(name), graph.constant(name), is_float, trained)
+        shape = graph.shape(name)
+        value = graph.constant(name) if name in graph.initializers and math.prod(shape or ()) <= _LONGEST else None
+        return Operand(shape, value, is_float, trained)
 
     def result(self, name: str) -> Operand | None:
         """The same for an output; None for one that nobody reads."""

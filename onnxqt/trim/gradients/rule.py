@@ -13,7 +13,7 @@ class Operand:
 
     Attributes:
         shape: dimensions, None where unknown; None altogether if not even the rank is known.
-        value: of a constant, None for anything computed.
+        value: of a constant that is small enough to be a parameter (axes, pads, scales); None for all others.
         is_float: whether it holds float32 values.
         trained: of an input, whether its gradient is wanted; of an output, whether a gradient could reach it.
     """
