@@ -233,8 +233,8 @@ def trim(
     work = open_workspace(Path(model), data, evaluation, out, settings, progress)
     if work.source.model.is_large:
         raise ModelError(
-            f"'{model}' has more than {EMBED_LIMIT / 2**30:g} GiB of weights, which the trainer and the emulator cannot "
-            "hold: use 'onnxqt export' for quantization without training"
+            f"'{model}' has more than {EMBED_LIMIT / 2**30:g} GiB of weights, which the trainer and the emulator "
+            "cannot hold: use 'onnxqt export' for quantization without training"
         )
     work, ranges = calibrated(work)
     source, settings, folder = work.source, work.settings, work.folder

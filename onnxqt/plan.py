@@ -122,7 +122,9 @@ def make_plan(model: Model, unbounded: Collection[str] = ()) -> QuantPlan:
     reasons: dict[str, str] = {}
     inner = _inside_activations(graph)
     for node in graph.nodes:
-        verdict = inner.get(node.name) or _bounded(_candidate(graph, node), unbounded)
+        verdict = _bounded(_candidate(graph, node), unbounded)
+        if isinstance(verdict, IntegerNode):
+            verdict = inner.get(node.name, verdict)
         if isinstance(verdict, str):
             reasons[node.name] = verdict
         else:

@@ -86,8 +86,8 @@ def _large(parts: Parts, parameters: Iterable[Parameter]) -> Iterator[Problem]:
         size = sum(parameter.bytes for parameter in parameters) / 2**30
         yield Problem(
             "large",
-            f"the weights take {size:.1f} GiB: 'onnxqt export' quantizes the model, but from {EMBED_LIMIT / 2**30:g} GiB "
-            "of external data on it can neither be trained nor checked by the emulator",
+            f"the weights take {size:.1f} GiB: 'onnxqt export' quantizes the model, but from "
+            f"{EMBED_LIMIT / 2**30:g} GiB of external data on it can neither be trained nor checked by the emulator",
         )
 
 

@@ -96,9 +96,9 @@ class _Tensors:
         """What a rule may know of a tensor."""
         graph = self.graph
         is_float = graph.is_float(name) or not graph.is_typed(name)  # most likely, behind foreign operators
-        shape = graph.shape(name)
-        value = graph.constant(name) if name in graph.initializers and math.prod(shape or ()) <= _LONGEST else None
-        return Operand(shape, value, is_float, trained)
+        constant = graph.initializers.get(name)
+        value = graph.constant(name) if constant is not None and math.prod(constant.dims) <= _LONGEST else None
+        return Operand(graph.shape(name), value, is_float, trained)
 
     def result(self, name: str) -> Operand | None:
         """The same for an output; None for one that nobody reads."""
