@@ -4,6 +4,7 @@ One streaming pass over the samples keeps a histogram per activation, so memory 
 number. This is the only module where a scale is computed from a range.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,8 +184,7 @@ def make_quantizers(
 ) -> Quantizers:
     """Parameters for every quantizer of `plan` under `scheme`; `method` chooses the activations' clips."""
     activations = activation_params(plan, ranges, scheme, method)
-    values = {site.tensor: _constant(model, site.tensor) for site in plan.weights}
-    weights = weight_params(plan, values, scheme)
+    weights = weight_params(plan, functools.partial(_constant, model), scheme)
     for node in plan.integer_nodes:
         if node.weight and node.bias:
             name = node.weight.tensor
@@ -203,11 +203,11 @@ def activation_params(plan: QuantPlan, ranges: RangeTable, scheme: Scheme, metho
     return {site.tensor: groups[site.group] for site in plan.activations}
 
 
-def weight_params(plan: QuantPlan, values: Mapping[str, Array], scheme: Scheme) -> dict[str, QParams]:
-    """Symmetric parameters of every quantized weight; `values` are the weights by tensor."""
+def weight_params(plan: QuantPlan, value_of: Callable[[str], Array], scheme: Scheme) -> dict[str, QParams]:
+    """Symmetric parameters of every quantized weight; `value_of` gives its values, one weight at a time."""
     params = {}
     for site in plan.weights:
-        clip = weight_clip(values[site.tensor], site.axis, scheme.weight_grid, scheme.per_channel)
+        clip = weight_clip(value_of(site.tensor), site.axis, scheme.weight_grid, scheme.per_channel)
         scale = np.maximum(clip / np.float32(scheme.weight_grid.qmax), _MIN_SCALE).astype(np.float32)
         zero = np.zeros(scale.shape, np.int32)
         params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if scheme.per_channel else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import invoke
 from helpers import build, normal
 from onnx import TensorProto
 
@@ -73,6 +74,33 @@ def test_a_written_model_has_its_weights_beside_it(path: Path, tmp_path: Path) -
     assert locations == {"checkpoint.data"}
     assert sorted(file.name for file in target.parent.iterdir()) == ["checkpoint.data", "checkpoint.onnx"]
     np.testing.assert_array_equal(run(ingest(target)), run(target))
+
+
+def test_a_large_model_is_exported_like_a_small_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported(folder: Path) -> tuple[bytes, str]:
+        result = invoke("export", path, "--data", samples(tmp_path), "--out", folder, "--scheme", "w4a8-sym-pt")
+        assert result.exit_code == 0, result.stderr
+        return (folder / "schemes" / "w4a8-sym-pt.onnx").read_bytes(), result.stderr
+
+    large, message = exported(tmp_path / "large")
+    assert "not checked by the emulator" in message
+    monkeypatch.setattr(ingest_files, "EMBED_LIMIT", 1 << 30)
+    small, message = exported(tmp_path / "small")
+    assert "emulator" not in message
+    assert large == small
+
+
+def test_a_large_model_is_not_trained(path: Path, tmp_path: Path) -> None:
+    result = invoke("trim", path, "--data", samples(tmp_path), "--out", tmp_path / "out", "--batch-size", 4)
+    assert result.exit_code == 1
+    assert "which the trainer and the emulator cannot hold: use 'onnxqt export'" in result.stderr
+
+
+def samples(folder: Path) -> Path:
+    np.savez(folder / "samples.npz", x=normal(64, SIZE, seed=3))
+    return folder / "samples.npz"
 
 
 @pytest.mark.parametrize(
