@@ -133,6 +133,18 @@ def test_outputs_are_compared_with_their_type_and_what_is_not_finite(tool: Modul
     assert difference(np.array(["a"]), np.array(["b"])) == np.inf
 
 
+def test_inputs_that_float32_cannot_hold_are_replaced(tool: ModuleType, tmp_path: Path) -> None:
+    """Test inputs of onnx can be memory that was never written."""
+    model = build("(double[2] x, double[2] z) => (double[2] y) { y = Add(x, z) }")
+    tiny = case(tool, tmp_path, model)
+    for index, values in enumerate(([1e199, 6.9e-310], [1.0, np.inf])):
+        stored = onnx.numpy_helper.from_array(np.array(values), "")
+        (tmp_path / "inputs" / f"{index}.pb").write_bytes(stored.SerializeToString())
+    row = tool.judge(tiny)
+    assert row["replaced_inputs"] == ["x"]
+    assert row["float_error"] <= np.finfo(np.float32).eps
+
+
 def test_failures_with_the_same_cause_are_one_group(tool: ModuleType) -> None:
     report = importlib.import_module("coverage_report")
     base = {"set": "node", "outcome": "fails", "stage": "trim", "error": "ValueError", "where": "", "seconds": 0.1}
