@@ -168,14 +168,11 @@ GEMMS["gemm-c-m-n"] = PeerModel(
 _TRANSPOSED_A = (
     "{ t = Transpose<perm = [1, 0]>(x) g = Gemm<transA = 1, alpha = 0.5, beta = 2.0%s>(t, w, b) y = Gemm(g, v) }"
 )
-GEMMS["gemm-transa"] = PeerModel(
-    ROWS + _TRANSPOSED_A % "", "Gemm", {**FC, "v": weight(5, 3)}, {"Transpose": APART, "Gemm": "transA = 1"}
-)
+GEMMS["gemm-transa"] = PeerModel(ROWS + _TRANSPOSED_A % "", "Transpose Transpose Gemm Gemm", {**FC, "v": weight(5, 3)})
 GEMMS["gemm-transa-transb"] = PeerModel(
     ROWS + _TRANSPOSED_A % ", transB = 1",
-    "Gemm",
+    "Transpose Transpose Gemm Gemm",
     {**FC_T, "v": weight(5, 3)},
-    {"Transpose": APART, "Gemm": "transA = 1"},
 )
 GEMMS["gemm-computed-c"] = PeerModel(
     f"{ROWS} {{ c = Gemm(x, v) g = Gemm<beta = 0.5>(x, w, c) y = Gemm(g, u) }}",

@@ -7,6 +7,7 @@ import pytest
 from helpers import batch_norm, build, ingested, inputs_of, normal, operators, relative_error, run
 
 from onnxqt.numerics import Array
+from onnxqt.plan import make_plan
 
 # As in test_model: folded weights are rounded once to float32, and sums of at most 100 products move by 1e-6.
 FOLD_ERROR = 1e-5
@@ -163,3 +164,31 @@ def test_a_sum_leaves_the_weight_alone() -> None:
     """A weight in a file of its own is not to be read for that."""
     before = build(f"{IMAGE} {{ c = Conv(x, w) y = Add(c, m) }}", {"w": normal(3, 4, 3, 3), "m": normal(3, 1, 1)})
     assert "w" in ingested(before).graph.initializers
+
+
+@pytest.mark.parametrize("computed", ["gamma", "beta", "mean", "var"])
+def test_batch_norm_with_computed_statistics_stays(computed: str) -> None:
+    operands = ", ".join("s" if name == computed else name for name in ("gamma", "beta", "mean", "var"))
+    text = (
+        "(float[n,4,6,6] x, float[6] t) => (float[] y) "
+        f"{{ s = Abs(t) c = Conv(x, w) n = BatchNormalization(c, {operands}) y = Relu(n) }}"
+    )
+    constants = {name: value for name, value in batch_norm(6).items() if name != computed}
+    check(text, ["Abs", "Conv", "BatchNormalization", "Relu"], {"w": normal(6, 4, 3, 3), **constants})
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_the_transposed_operand_of_a_gemm_becomes_a_node(trans: int) -> None:
+    """So the Gemm is quantized, and a batch norm before it is folded."""
+    text = (
+        f"(float[4,n] x) => (float[] y) {{ r = Relu(x) y = Gemm<transA = 1, transB = {trans}, alpha = 0.3>(r, w, b) }}"
+    )
+    weight = normal(3, 4) if trans else normal(4, 3)
+    check(text, ["Relu", "Transpose", "Gemm"], {"w": weight, "b": normal(3, seed=1)})
+    model = ingested(build(text, {"w": weight, "b": normal(3, seed=1)}))
+    assert "wrote the transposed left operand of Gemm 'Gemm_1' as Transpose" in model.changes
+    assert "Gemm" in {node.op_type for node in make_plan(model).integer_nodes}
+
+
+def test_a_gemm_that_transposes_a_constant_stays() -> None:
+    check("(float[4,n] x) => (float[] y) { y = Gemm<transA = 1>(w, x) }", ["Gemm"], {"w": normal(4, 3)})

@@ -1,6 +1,6 @@
 """Constants of every form, nodes that only move them, branches, functions, and what else exporters leave behind."""
 
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from onnxqt.errors import ModelError
 from onnxqt.ingest import ingest
 from onnxqt.model import Model
 from onnxqt.numerics import Array
+from onnxqt.tensors import is_external
 
 # Nothing here changes an operation; ONNX Runtime may sum in another order.
 SUM_ERROR = 1e-6
@@ -54,6 +55,26 @@ def test_sparse_constants_become_dense(indices: Array) -> None:
     dense = np.zeros((4, 3), np.float32)
     dense[0, 1], dense[2, 1] = 2, -3
     np.testing.assert_array_equal(model.graph.constant("w"), dense)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["main-graph", "branch"])
+def test_sparse_initializers_become_dense(inside: bool) -> None:
+    branches = BRANCHES.format("p = MatMul(x, w)", "q = Neg(x)")
+    text = (
+        f"(float[n,4] x, bool c) => (float[n,4] y) {{ y = If(c) <{branches}> }}"
+        if inside
+        else "(float[n,4] x, bool c) => (float[n,4] y) { y = MatMul(x, w) }"
+    )
+    before = build(text)
+    graph = before.graph.node[0].attribute[0].g if inside else before.graph
+    sparse = sparse_constant([4, 4], np.array([1, 14])).attribute[0].sparse_tensor
+    sparse.values.name, sparse.indices.name = "w", "w_indices"
+    graph.sparse_initializer.append(sparse)
+    model = ingested(before)
+    assert model.changes[0] == "wrote sparse constant 'w' as a dense one"
+    x = normal(2, 4)
+    expected = np.stack([np.zeros(2), 2 * x[:, 0], -3 * x[:, 3], np.zeros(2)], 1)  # of two non-zero weights
+    np.testing.assert_array_equal(run(model.proto, {"x": x, "c": np.array(True)})["y"], expected)
 
 
 def test_a_sparse_constant_too_large_to_be_dense_is_refused() -> None:
@@ -114,6 +135,27 @@ def test_one_scalar_computed_from_another_keeps_its_shape() -> None:
     value = check(before, ["Mul"]).graph.constant("k")
     assert value is not None
     assert value.shape == ()
+
+
+def test_a_large_result_of_a_constant_in_a_file_stays_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied embeddings: with a transposed copy in it, the model could have more than 2 GiB."""
+    monkeypatch.setattr(sys.modules["onnxqt.ingest.files"], "EMBED_LIMIT", 1 << 16)
+    monkeypatch.setattr(sys.modules["onnxqt.ingest.files"], "_LARGE", 1 << 16)
+    monkeypatch.setattr(sys.modules["onnxqt.ingest.constants"], "_MOST_OF_FILE", 1 << 16)
+    nodes = "e = Gather(table, ids) w = Transpose(table) y = MatMul(e, w) first = Slice(table, zero, one)"
+    before = build(
+        f"(int64[n,5] ids) => (float[] y, float[] first) {{ {nodes} }}",
+        {"table": normal(300, 100), "zero": np.array([0]), "one": np.array([1])},
+    )
+    path = tmp_path / "model.onnx"
+    inputs = inputs_of(before)
+    expected = run(before, inputs)
+    onnx.save(before, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    model = ingest(path)
+    assert operators(model.proto) == ["Gather", "Transpose", "MatMul"]
+    assert {tensor.name for tensor in model.proto.graph.initializer if is_external(tensor)} == {"table"}
+    for name, value in run(model.proto, inputs).items():
+        assert relative_error(value, expected[name]) <= SUM_ERROR
 
 
 @pytest.mark.parametrize("ir_version", [3, 8])
@@ -220,6 +262,22 @@ def test_branches_with_the_same_names_inside() -> None:
     check(build(text, {"yes": np.array(True)}), ["Relu", "Neg", "Neg", "Abs", "Abs", "If", "Add", "Add"])
 
 
+def test_a_branch_whose_nodes_differ_in_their_outputs_alone() -> None:
+    """Once those are gone, graphsurgeon takes nodes without names for the same."""
+    branches = (
+        "then_branch = t () => (float[n,4] p, float[n,4] q, float[n,4] r) "
+        "{ p = Identity(a) q = Identity(a) r = Identity(a) }, "
+        "else_branch = e () => (float[n,4] p2, float[n,4] q2, float[n,4] r2) { p2 = Neg(a) q2 = Abs(a) r2 = Exp(a) }"
+    )
+    text = (
+        f"(float[n,4] x) => (float[n,4] y) {{ a = Relu(x) d, e, f = If(yes) <{branches}> s = Add(f, e) y = Mul(s, d) }}"
+    )
+    model = ingested(build(text, {"yes": np.array(True)}))
+    assert operators(model.proto) == ["Relu", "Add", "Mul"]
+    x = normal(2, 4)
+    np.testing.assert_array_equal(run(model.proto, {"x": x})["y"], 2 * np.maximum(x, 0) ** 2)
+
+
 def test_an_if_inside_a_branch() -> None:
     inner = BRANCHES.format("b = Neg(a) p = Abs(b)", "q = Exp(a)").replace(" p)", " r)").replace("p =", "r =")
     branches = BRANCHES.format(f"z = Relu(a) i = If(yes) <{inner}> p = Add(i, z)", "q = Exp(a)")
@@ -288,7 +346,23 @@ def refused(before: ModelProto, folder: Path, message: str) -> None:
 def test_outputs_that_are_no_tensors(tmp_path: Path) -> None:
     before = build("(float[n,4] x) => (float[n,4] y) { y = Relu(x) s = SequenceConstruct(x) }")
     before.graph.output.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, ["n", 4]))
-    refused(before, tmp_path, re.escape("output 's' is a sequence, not a tensor: export the model with tensors"))
+    refused(before, tmp_path, "output 's' is a sequence, not a tensor: export the model with tensors as .* outputs$")
+
+
+def test_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    before = build("(float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
+    kind = helper.make_optional_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", 4]))
+    before.graph.input.append(helper.make_value_info("o", kind))
+    refused(before, tmp_path, "input 'o' is an optional, not a tensor: export the model with tensors as .* outputs$")
+
+
+def test_outputs_of_scikit_learn_that_are_no_tensors(tmp_path: Path) -> None:
+    domain = ', "ai.onnx.ml": 3'
+    before = build("(float[n,2] x) => (float[n,2] y) { y = Relu(x) z = ai.onnx.ml.ZipMap(x) }", domains=domain)
+    before.graph.node[1].attribute.append(helper.make_attribute("classlabels_int64s", [0, 1]))
+    entry = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    before.graph.output.append(helper.make_value_info("z", helper.make_sequence_type_proto(entry)))
+    refused(before, tmp_path, r"output 'z' is a sequence, not a tensor: .* \(scikit-learn: without ZipMap\)$")
 
 
 def test_sequences_inside_are_kept() -> None:

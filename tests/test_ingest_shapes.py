@@ -1,5 +1,6 @@
 """Shapes are computed ahead of time: exactly, or not at all."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -145,3 +146,21 @@ def test_a_negative_quotient_is_not_guessed() -> None:
     """ONNX divides integers towards zero, Python downwards."""
     nodes = "s = Shape(x) a = Gather(s, i1) b = Sub(a, twelve) d = Div(b, half) f = Cast<to = 1>(d) y = Mul(x, f)"
     check(f"{IMAGE} {{ {nodes} }}", ["Mul"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("limit = Abs(m) y = Range(i0, limit, i1)", ["Abs", "Squeeze", "Range"]),
+        ("zero = Sub(m, m) start = Squeeze(zero) y = Range(start, five, v1)", ["Sub", "Squeeze", "Range"]),
+    ],
+    ids=["computed", "constant"],
+)
+def test_bounds_of_range_become_scalars(nodes: str, expected: list[str]) -> None:
+    """ONNX Runtime takes a vector of one element only where it does not know the shape."""
+    constants = {**{name: INTEGERS[name] for name in ("i0", "i1", "v1")}, "five": np.array([5])}
+    model = ingested(build(f"(int64[1] m) => (int64[k] y) {{ {nodes} }}", constants))
+    assert operators(model.proto) == expected
+    assert any(re.match(r"made scalars of [12] operand\(s\) of Range 'Range_", change) for change in model.changes)
+    np.testing.assert_array_equal(run(model.proto, {"m": np.array([5])})["y"], np.arange(5))
+    assert not ingested(model.proto).changes

@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from helpers import batch_norm, build, ingested, normal, save
-from onnx import ModelProto, TensorProto, helper
+from onnx import helper
 
 from onnxqt.errors import ModelError
 from onnxqt.ingest import ingest
@@ -154,26 +154,12 @@ def test_external_data_of_another_length_than_the_shape(tmp_path: Path) -> None:
 # --- models that cannot be handled -----------------------------------------------------------------------------
 
 
-def sparse_weight() -> ModelProto:
-    model = build(GEMM, {"w": normal(4, 3)})
-    model.graph.initializer.pop()
-    values = helper.make_tensor("w", TensorProto.FLOAT, [1], [2.0])
-    indices = helper.make_tensor("w_indices", TensorProto.INT64, [1], [5])
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4, 3]))
-    return model
-
-
 INFERENCE = "export the model in inference mode"
 REFUSED = {
     "batch-norm-in-training": (
         "(float[n,3] x) => (float[n,3] y) "
         "{ y, m, v = BatchNormalization<training_mode = 1>(x, gamma, beta, mean, var) }",
         "BatchNormalization 'BatchNormalization_0' is in training mode",
-        INFERENCE,
-    ),
-    "batch-norm-with-computed-statistics": (
-        "(float[n,3] x, float[3] s) => (float[n,3] y) { y = BatchNormalization(x, s, s, s, s) }",
-        "BatchNormalization 'BatchNormalization_0' has computed statistics",
         INFERENCE,
     ),
     "dropout-in-training": (
@@ -199,10 +185,6 @@ def test_quantized_model(tmp_path: Path) -> None:
     text = "(float[n,4] x) => (float[n,4] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"
     model = build(text, {"s": np.array(0.1, np.float32), "z": np.array(0, np.int8)})
     refused(save(model, tmp_path), "QuantizeLinear .* is already quantized", "give the float model instead")
-
-
-def test_sparse_weight(tmp_path: Path) -> None:
-    refused(save(sparse_weight(), tmp_path), "weight 'w' of .* is sparse", "export the model with dense weights")
 
 
 @pytest.mark.parametrize(

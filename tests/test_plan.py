@@ -257,7 +257,8 @@ def test_other_adds_behind_a_matmul_are_no_bias(add: str, constants: Mapping[str
         ("(int32[n,4] x) => (int32[] y) { y = MatMul(x, x2) }", {"x2": np.ones((4, 3), np.int32)}, "MatMul", "float32"),
         (f"{ROWS} {{ y = MatMul(x, w) }}", {"w": normal(4)}, "MatMul", "the weight is a vector"),
         ("(float[4,n] x) => (float[] y) { y = MatMul(w, x) }", {"w": normal(3, 4)}, "MatMul", "left operand"),
-        ("(float[4,n] x) => (float[] y) { y = Gemm<transA = 1>(x, w) }", {"w": normal(4, 3)}, "Gemm", "transA = 1"),
+        ("(float[4,n] x) => (float[] y) { y = Gemm<transA = 1>(x, w) }", {"w": normal(4, 3)}, "", ""),
+        ("(float[4,n] x) => (float[] y) { y = Gemm<transA = 1>(w, x) }", {"w": normal(4, 3)}, "Gemm", "left operand"),
         (
             "(float[2,4] x, float[3] b) => (float[] y) { y = Gemm<beta = 0.5>(x, w, b) }",
             {"w": normal(4, 3)},

@@ -12,13 +12,13 @@ import onnx_graphsurgeon as gs
 from onnx import inliner
 
 from onnxqt.errors import ModelError, first_line
-from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
-from onnxqt.ingest.constants import fold_constants, remove_identities
+from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors, split_transposed_gemm
+from onnxqt.ingest.constants import fold_constants, name_inner_nodes, remove_identities
 from onnxqt.ingest.dequantize import check_quantized, kept_quantizers, remove_qdq
 from onnxqt.ingest.files import read
 from onnxqt.ingest.pads import fold_pads
 from onnxqt.ingest.precision import to_float32
-from onnxqt.ingest.shapes import fold_shapes
+from onnxqt.ingest.shapes import fold_shapes, write_scalar_bounds
 from onnxqt.ingest.support import check_supported, drop_default_inputs, write_dense
 from onnxqt.ingest.units import fuse_activations, fuse_layer_norm, merge_clamps
 from onnxqt.ingest.weights import separate_weights
@@ -36,11 +36,13 @@ PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
     fold_shapes,
     fold_constants,
     remove_identities,
+    write_scalar_bounds,
     remove_qdq,
     fuse_layer_norm,
     merge_clamps,
     fuse_activations,
     fold_pads,
+    split_transposed_gemm,
     fold_batch_norm,
     fold_affine,
     fold_gemm_factors,
@@ -73,7 +75,7 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
     if proto.functions:
         changes.append(f"inlined {len(proto.functions)} model-local function(s)")
         proto = inliner.inline_local_functions(proto)
-    changes += [*drop_default_inputs(proto), *write_dense(proto)]
+    changes += [*write_dense(proto), *drop_default_inputs(proto)]
     check_supported(proto)
     check_quantized(proto, strip_qdq)
     proto, converted = _convert_opset(proto)
@@ -83,6 +85,7 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
     for _ in range(MAX_ROUNDS):  # what a pass leaves, and shapes known only then, can be work for one before it
         graph = editable(proto)
         name_nodes(graph)
+        name_inner_nodes(graph)
         found = [change for normalise in PASSES for change in normalise(graph)]
         changes += found
         graph.cleanup().toposort()

@@ -39,6 +39,8 @@ class _Scalable:
 def fold_batch_norm(graph: gs.Graph) -> list[str]:
     """BatchNormalization into the weights before it, or behind it where nothing is padded, else into Mul and Add.
 
+    One whose scale, shift or statistics are computed stays.
+
     y = gamma (x - mean) / sqrt(var + eps) + beta = a x + b
     (ONNX BatchNormalization-15, inference form).
     """
@@ -46,7 +48,10 @@ def fold_batch_norm(graph: gs.Graph) -> list[str]:
     names = Names(graph)
     for node in [node for node in graph.nodes if is_onnx(node, "BatchNormalization")]:
         label = f"BatchNormalization '{node.name}'"
-        a, b = _statistics(node, label)
+        factors = _statistics(node, label)
+        if factors is None:
+            continue
+        a, b = factors
         target = _scalable_producer(graph, node.inputs[0])
         if target is not None and target.node.op == "MatMul" and len(node.inputs[0].shape or ()) != 2:
             target = None  # the channels are not the last axis
@@ -70,8 +75,8 @@ def fold_batch_norm(graph: gs.Graph) -> list[str]:
     return changes
 
 
-def _statistics(node: gs.Node, label: str) -> tuple[Array, Array]:
-    """The factors and summands of a BatchNormalization, one for each channel.
+def _statistics(node: gs.Node, label: str) -> tuple[Array, Array] | None:
+    """The factors and summands of a BatchNormalization, one for each channel; None if they are computed.
 
     Raises:
         ModelError: if it is in training mode.
@@ -79,7 +84,7 @@ def _statistics(node: gs.Node, label: str) -> tuple[Array, Array]:
     if node.attrs.get("training_mode", 0) or len(node.outputs) > 1:
         raise ModelError(f"{label} is in training mode: export the model in inference mode (model.eval())")
     if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:]):
-        raise ModelError(f"{label} has computed statistics: export the model in inference mode")
+        return None
     gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in node.inputs[1:])
     a = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
     return a, beta - mean * a
@@ -110,6 +115,25 @@ def fold_affine(graph: gs.Graph) -> list[str]:
         target.last.outputs, node.outputs = node.outputs[:], []
         changes.append(f"folded {node.op} '{node.name}' into {target.node.op} '{target.node.name}'")
     graph.cleanup().toposort()
+    return changes
+
+
+def split_transposed_gemm(graph: gs.Graph) -> list[str]:
+    """The transposition that a Gemm makes of its computed left operand becomes a node: integer kernels have none."""
+    changes = []
+    names = Names(graph)
+    for node in list(graph.nodes):
+        if not is_onnx(node, "Gemm") or not node.attrs.get("transA", 0):
+            continue
+        data = node.inputs[0]
+        if isinstance(data, gs.Constant) or data.dtype != np.float32:
+            continue
+        name = names.new(f"{data.name}.transposed")
+        node.inputs[0] = gs.Variable(name, data.dtype, None if data.shape is None else list(data.shape)[::-1])
+        graph.nodes.append(gs.Node("Transpose", f"{node.name}.transposed", {"perm": [1, 0]}, [data], [node.inputs[0]]))
+        del node.attrs["transA"]
+        changes.append(f"wrote the transposed left operand of Gemm '{node.name}' as Transpose")
+    graph.toposort()
     return changes
 
 

@@ -13,6 +13,7 @@ from onnxqt.model import Names, is_onnx
 from onnxqt.numerics import Array
 from onnxqt.ops import Kind, lookup
 from onnxqt.runtime import Session
+from onnxqt.tensors import FileValues
 
 _CONSTANT_TYPES = {
     "value_float": np.float32,
@@ -26,6 +27,7 @@ _NEVER_FOLDED = (
 )
 _GROUP = 64  # nodes that are computed together
 _FREE_GROWTH = 1 << 20  # bytes that a folded result may always have
+_MOST_OF_FILE = 1 << 26  # bytes of a result that are held in the model though an operand stays in its file
 _MOST = (1 << 31) - (1 << 20)  # bytes that are never folded: a protobuf message holds 2 GiB
 
 
@@ -33,7 +35,8 @@ def fold_constants(graph: gs.Graph) -> list[str]:
     """What can be computed from constants, and the branch that an If with a constant condition takes.
 
     ONNX Runtime computes it; a node that it cannot run just stays. What gives out something else each time stays
-    too, and so does what would take much more room than it is made of, unless it is a weight.
+    too, and so does what would take much more room than it is made of, unless it is a weight, and what is large and
+    made of a weight that stays in its file: a copy in the model would be too large for a protobuf message.
     """
     folded, inlined = 0, list[str]()
     for part in (graph, *graph.subgraphs(recursive=True)):
@@ -115,7 +118,7 @@ def _run(graph: gs.Graph, nodes: list[gs.Node]) -> bool:
         "folded",
         [],
         [helper.make_empty_tensor_value_info(tensor.name) for tensor in results],
-        [numpy_helper.from_array(tensor.values, name) for name, tensor in operands.items()],
+        [numpy_helper.from_array(_read(tensor), name) for name, tensor in operands.items()],
     )
     model = helper.make_model(proto, opset_imports=graph.import_domains, ir_version=graph.ir_version)
     try:
@@ -129,6 +132,11 @@ def _run(graph: gs.Graph, nodes: list[gs.Node]) -> bool:
     return True
 
 
+def _read(constant: gs.Constant) -> Array:
+    """The values of a constant; what stays in its file is read anew and not kept."""
+    return constant._values.load() if isinstance(constant._values, FileValues) else constant.values
+
+
 def _is_foldable(node: gs.Node) -> bool:
     if not is_onnx(node) or node.op in _NEVER_FOLDED or not node.inputs or not node.outputs or list(node.subgraphs()):
         return False
@@ -140,6 +148,8 @@ def _is_foldable(node: gs.Node) -> bool:
         return False
     result = sum(_nbytes(tensor) for tensor in node.outputs)
     source = sum(_nbytes(tensor) for tensor in node.inputs)
+    if (result or source) > _MOST_OF_FILE and any(map(_is_in_file, node.inputs)):
+        return False
     return max(source, result) < _MOST and (result <= max(_FREE_GROWTH, 2 * source) or _is_weight(node.outputs[0]))
 
 
@@ -154,6 +164,10 @@ def _nbytes(tensor: gs.Tensor) -> int:
     if shape is None or dtype is None or not all(isinstance(size, int) for size in shape):
         return 0
     return int(math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+def _is_in_file(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and isinstance(tensor._values, FileValues)
 
 
 def _is_weight(tensor: gs.Tensor) -> bool:
@@ -194,6 +208,24 @@ def _inline(graph: gs.Graph, part: gs.Graph, node: gs.Node) -> str:
         if not result.is_empty():
             part.nodes.append(gs.Node("Identity", f"{node.name}.{result.name}", inputs=[value], outputs=[result]))
     return f"inlined the {'then' if taken else 'else'} branch of If '{node.name}', whose condition is constant"
+
+
+def name_inner_nodes(graph: gs.Graph) -> None:
+    """Give every node of a subgraph a name that no other node of the model has, in place.
+
+    Graphsurgeon takes two nodes for the same one if name, inputs and outputs are equal, and then loses track of who
+    reads a tensor: nodes without a name in a branch that is inlined would be such.
+    """
+    taken = {node.name for node in graph.nodes}
+    for part in graph.subgraphs(recursive=True):
+        for node in part.nodes:
+            name = stem = node.name or f"{node.op}_inner"
+            number = 0
+            while name in taken:
+                number += 1
+                name = f"{stem}_{number}"
+            taken.add(name)
+            node.name = name
 
 
 # --- Identity and Dropout ---------------------------------------------------------------------------------

@@ -98,9 +98,13 @@ def _staying(path: Path, proto: onnx.ModelProto, external: list[TensorProto]) ->
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
     """Every constant of a graph and its subgraphs: initializers, and tensors in attributes."""
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             yield from ((attribute.t,) if attribute.HasField("t") else attribute.tensors)
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
             for subgraph in subgraphs_of(attribute):
                 yield from _tensors(subgraph)
 
@@ -139,9 +143,6 @@ def _sha256(path: Path, files: Iterable[Path]) -> str:
 
 
 def _check(path: Path, proto: onnx.ModelProto) -> None:
-    if proto.graph.sparse_initializer:
-        name = proto.graph.sparse_initializer[0].values.name
-        raise ModelError(f"weight '{name}' of '{path}' is sparse: export the model with dense weights")
     try:
         check_model(proto)
     except onnx.checker.ValidationError as error:

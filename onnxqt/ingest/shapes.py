@@ -37,6 +37,34 @@ def fold_shapes(graph: gs.Graph) -> list[str]:
     return [*([f"folded {folded} node(s) that compute shapes"] if folded else []), *changes]
 
 
+def write_scalar_bounds(graph: gs.Graph) -> list[str]:
+    """Bounds and step of Range that are vectors of one element become scalars, as ONNX Range-11 has them.
+
+    ONNX Runtime takes such vectors only as long as it does not know their shape.
+    """
+    names = Names(graph)
+    changes = []
+    for part in (graph, *graph.subgraphs(recursive=True)):
+        for node in [node for node in part.nodes if is_onnx(node, "Range")]:
+            vectors = [position for position, tensor in enumerate(node.inputs) if tuple(tensor.shape or ()) == (1,)]
+            for position in vectors:
+                node.inputs[position] = _scalar(part, names, node.inputs[position])
+            changes += [f"made scalars of {len(vectors)} operand(s) of Range '{node.name}'"] if vectors else []
+        part.toposort(recurse_subgraphs=False)
+    return changes
+
+
+def _scalar(part: gs.Graph, names: Names, vector: gs.Tensor) -> gs.Tensor:
+    """The only element of a vector."""
+    name = names.new(f"{vector.name}.scalar")
+    if isinstance(vector, gs.Constant):
+        return gs.Constant(name, vector.values.reshape(()))
+    element = gs.Variable(name, vector.dtype, ())
+    axes = gs.Constant(names.new(f"{name}.axes"), np.array([0]))
+    part.nodes.append(gs.Node("Squeeze", name, inputs=[vector, axes], outputs=[element]))
+    return element
+
+
 def _fold(values: "_Values", node: gs.Node) -> bool:
     if node.op not in _RULES or not is_onnx(node) or len(node.outputs) != 1:
         return False

@@ -15,12 +15,18 @@ _LOST = ("TENSORS", "GRAPHS", "SPARSE_TENSOR", "SPARSE_TENSORS", "TYPE_PROTO", "
 
 
 def write_dense(proto: onnx.ModelProto) -> list[str]:
-    """Write sparse values of Constant nodes as dense ones, in place.
+    """Write sparse initializers, and sparse values of Constant nodes, as dense ones, in place.
 
     Raises:
         ModelError: if one has 2 GiB or more.
     """
     changes = []
+    for graph in _graphs(proto.graph):
+        for sparse in graph.sparse_initializer:
+            name = sparse.values.name
+            graph.initializer.append(numpy_helper.from_array(_dense(sparse, name), name))
+            changes.append(f"wrote sparse constant '{name}' as a dense one")
+        del graph.sparse_initializer[:]
     for node in _nodes(proto.graph):
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "sparse_value":
@@ -59,9 +65,10 @@ def check_supported(proto: onnx.ModelProto) -> None:
         for value in values:
             form = value.type.WhichOneof("value") or "tensor_type"
             if form != "tensor_type":
+                form = form.removesuffix("_type").replace("_", " ")
                 raise ModelError(
-                    f"{kind} '{value.name}' is a {form.removesuffix('_type')}, not a tensor: export the model with "
-                    "tensors as inputs and outputs (scikit-learn: without ZipMap)"
+                    f"{kind} '{value.name}' is {'an' if form[0] in 'aeiou' else 'a'} {form}, not a tensor: export the "
+                    f"model with tensors as inputs and outputs{_hint(proto)}"
                 )
     for node in _nodes(proto.graph):
         label = f"{node.op_type} '{node.name or node.output[0]}'"
@@ -75,6 +82,12 @@ def check_supported(proto: onnx.ModelProto) -> None:
                 )
 
 
+def _hint(proto: onnx.ModelProto) -> str:
+    """What a user of scikit-learn can do about outputs that are no tensors."""
+    classical = any(entry.domain == "ai.onnx.ml" for entry in proto.opset_import)
+    return " (scikit-learn: without ZipMap)" if classical else ""
+
+
 def _is_text(attribute: AttributeProto) -> bool:
     """Whether the strings of an attribute are text."""
     try:
@@ -86,8 +99,14 @@ def _is_text(attribute: AttributeProto) -> bool:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for part in _graphs(graph):
+        yield from part.node
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and its subgraphs."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             for subgraph in subgraphs_of(attribute):
-                yield from _nodes(subgraph)
+                yield from _graphs(subgraph)
