@@ -374,13 +374,14 @@ def _percent(outcome: dict[str, Any]) -> str:
 
 
 def _untrained(training: dict[str, Any]) -> list[str]:
-    """What training left as it was, a line for each reason."""
+    """What training did not do: a line for an early end, and for each reason why weights are as they were."""
     if training["reason"] is not None:
         return [f"nothing was trained: {training['reason']}"]
+    lines = [f"training ended early: {training['diverged']}"] if training["diverged"] else []
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for name, reason in training["untouched"].items():
         by_reason[reason].append(name)
-    return [
+    return lines + [
         f"not trained: {len(names)} weight(s) such as '{names[0]}': {reason}" for reason, names in by_reason.items()
     ]
 

@@ -72,6 +72,7 @@ class Trimmed:
         helped: whether the best weights lose less than the untouched ones on the held-out samples, by scheme.
         untouched: why a weight or bias was not trained, by its name; they are as they were, whatever the scheme.
         reason: why nothing was trained; None if something was.
+        diverged: how training came to an early end, with the best weights until then; None if it did not.
         history: the worker's reports.
     """
 
@@ -83,6 +84,7 @@ class Trimmed:
     helped: Mapping[str, bool]
     untouched: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
+    diverged: str | None = None
     history: tuple[dict[str, Any], ...] = field(repr=False, default=())
 
 
@@ -122,13 +124,14 @@ def trim(
         data: samples, as `onnxqt.data.open_samples` takes them.
         settings: how to train.
         folder: an existing folder for the run's files.
-        progress: called with each report of the worker, a dict with `event`: start, step, evaluate, done.
+        progress: called with each report of the worker, a dict with `event`: start, step, evaluate, diverged,
+            done.
 
     Returns:
         The outcome; without a step, and with the reason, if no gradient reaches a weight.
 
     Raises:
-        TrainingError: if the loss diverges or the process dies; the last and the best checkpoint until then
+        TrainingError: if the process dies; the last and the best checkpoint until then
             are `last.onnx` and `best.onnx` in `folder`.
     """
     scope = check_trainable(model, plan, settings.loss)
@@ -309,5 +312,6 @@ def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: l
         seconds=steps[-1]["seconds"] if steps else 0.0,
         step_ms_median=float(np.median([report["ms"] for report in steps])) if steps else 0.0,
         helped={str(s): after < before for s, before, after in zip(schemes, untouched, losses, strict=True)},
+        diverged=next((report["message"] for report in history if report["event"] == "diverged"), None),
         history=tuple(history),
     )

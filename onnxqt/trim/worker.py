@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from onnxqt.calibrate import Quantizers, best_clip, weight_params
 from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
-from onnxqt.errors import OnnxqtError, TrainingError
+from onnxqt.errors import OnnxqtError
 from onnxqt.files import write_model
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, QParams
@@ -247,15 +247,23 @@ class HeldOut:
         return losses
 
 
-def run(folder: Path, report: TextIO) -> None:
-    """Train the job in `folder`, reporting to `report`.
+class _DivergedError(Exception):
+    """The loss or a weight is no longer finite; the message says which, where, and what to do."""
 
-    Raises:
-        TrainingError: if the loss is no longer finite.
-    """
+
+def run(folder: Path, report: TextIO) -> None:
+    """Train the job in `folder`, reporting to `report`; where training diverges it ends early."""
     task = load_task(folder)
+    trainer = Trainer(folder / jobs.GRAPH, list(task.job.parameters), list(task.job.registrations))
+    try:
+        _train(task, trainer, folder, report)
+    except _DivergedError as error:
+        _send(report, event="diverged", message=str(error))
+    _send(report, event="done")
+
+
+def _train(task: Task, trainer: Trainer, folder: Path, report: TextIO) -> None:
     job, schedule = task.job, Schedule(task.job.steps)
-    trainer = Trainer(folder / jobs.GRAPH, list(job.parameters), list(job.registrations))
     ranges, held = Ranges(task, trainer.parameters()), HeldOut(task)
     losses = held.losses(trainer, ranges)
     best = float(losses.mean())
@@ -264,7 +272,7 @@ def run(folder: Path, report: TextIO) -> None:
     started = time.perf_counter()
     for step, batch in zip(range(job.steps), task.training.shuffled(job.batch_size, job.seed), strict=False):
         if schedule.blend(step) > 0 and step % job.refresh_every == 0:
-            ranges.refresh(trainer.parameters())
+            ranges.refresh(_finite(trainer.parameters(), step, job))
         blend, rate = schedule.blend(step), schedule.learning_rate(step, job.learning_rate)
         settings = ranges.settings[int(pick.integers(len(ranges.settings)))]
         values = {**task.batch_feeds(batch), **settings, BLEND: _blend(blend)}
@@ -272,21 +280,33 @@ def run(folder: Path, report: TextIO) -> None:
         loss = trainer.step(values, rate)
         now = time.perf_counter()
         if not np.isfinite(loss):
-            raise TrainingError(f"the loss became {loss} at step {step}: use a smaller --lr than {job.learning_rate:g}")
+            raise _DivergedError(
+                f"the loss became {loss} at step {step}: use a smaller --lr than {job.learning_rate:g}"
+            )
         timing = {"ms": 1e3 * (now - before), "seconds": now - started}
         _send(report, event="step", step=step, loss=loss, blend=blend, lr=rate, **timing)
         if step == job.steps - 1 or (step + 1) % job.evaluate_every == 0:
-            ranges.refresh(trainer.parameters())
+            parameters = _finite(trainer.parameters(), step, job)
+            ranges.refresh(parameters)
             losses = held.losses(trainer, ranges)
-            weights = folded(task, trainer.parameters(), ranges.clips)
-            checkpoint = task.model.with_weights(weights).proto
+            checkpoint = task.model.with_weights(folded(task, parameters, ranges.clips)).proto
             write_model(folder / jobs.LAST, checkpoint)
             better = float(losses.mean()) < best
             if better:
                 best = float(losses.mean())
                 write_model(folder / jobs.BEST, checkpoint)
             _send(report, event="evaluate", step=step + 1, losses=losses.tolist(), best=better)
-    _send(report, event="done")
+
+
+def _finite(parameters: dict[str, Array], step: int, job: jobs.Job) -> dict[str, Array]:
+    """The parameters as they are, if all are finite."""
+    for name, value in parameters.items():
+        if not np.isfinite(value).all():
+            raise _DivergedError(
+                f"the weight '{name}' became NaN or infinite by step {step}: "
+                f"use a smaller --lr than {job.learning_rate:g}"
+            )
+    return parameters
 
 
 def _entropy(task: Task, values: dict[str, Array]) -> float:
