@@ -205,18 +205,27 @@ def quantized(graph: Graph, node: NodeProto, index: int) -> Tensor:
 
 
 def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
-    """Runs `node` alone: values of the inputs `names` -> its outputs. Its other inputs are constants."""
+    """Runs `node` alone: values of the inputs `names` -> its outputs. Its other inputs are constants.
+
+    Without optimizations, which for some nodes (Conv) choose kernels that round in another order: the results are
+    those of the file as it is written.
+    """
     constants = [
         graph.constants[name] if name in graph.constants else numpy_helper.from_array(constant(graph, name), name)
         for name in read_names(node)
         if name not in names
     ]
     types = {value.name: value.type for value in graph.proto.graph.value_info}
-    return one_node_run(node, constants, graph.proto.opset_import, {name: types.get(name) for name in names})
+    inputs = {name: types.get(name) for name in names}
+    return one_node_run(node, constants, graph.proto.opset_import, inputs, optimize=False)
 
 
 def one_node_run(
-    node: NodeProto, constants: Sequence[TensorProto], opsets: Any, inputs: Mapping[str, TypeProto | None]
+    node: NodeProto,
+    constants: Sequence[TensorProto],
+    opsets: Any,
+    inputs: Mapping[str, TypeProto | None],
+    optimize: bool = True,
 ) -> Run:
     """One node in ONNX Runtime; a session per combination of input types.
 
@@ -231,7 +240,7 @@ def one_node_run(
             for (name, declared), kind in zip(inputs.items(), kinds, strict=True)
         ]
         inner = helper.make_graph([node], "node", infos, outputs, constants)
-        return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10))
+        return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10), optimize)
 
     def run(*values: Array) -> tuple[Array, ...]:
         kinds = tuple(
