@@ -280,7 +280,7 @@ def _scale_input(names: Names, node: gs.Node, a: Array, b: Array) -> None:
 def _set_constant(names: Names, node: gs.Node, position: int, value: Array) -> None:
     """Give one node a constant of its own, of the weight's type; other users of the old one keep it."""
     suffix = "weight" if position == 1 and node.op != "Add" else "bias"
-    constant = gs.Constant(names.new(f"{node.outputs[0].name}.{suffix}"), value.astype(np.float32))
+    constant = gs.Constant(names.new(f"{node.outputs[0].name}.{suffix}"), np.asarray(value, np.float32))
     if position < len(node.inputs):
         node.inputs[position] = constant
     else:
