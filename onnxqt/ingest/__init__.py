@@ -16,6 +16,7 @@ from onnxqt.ingest.affine import fold_affine, fold_batch_norm, fold_gemm_factors
 from onnxqt.ingest.constants import fold_constants, name_inner_nodes, remove_identities
 from onnxqt.ingest.dequantize import check_quantized, kept_quantizers, remove_qdq
 from onnxqt.ingest.files import read
+from onnxqt.ingest.measure import measure_foreign
 from onnxqt.ingest.pads import fold_pads
 from onnxqt.ingest.precision import to_float32
 from onnxqt.ingest.shapes import fold_shapes, write_scalar_bounds
@@ -81,7 +82,8 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
     proto, converted = _convert_opset(proto)
     changes += converted
     proto.ir_version = ir_version_for(proto)
-    proto = infer_shapes(proto)
+    proto, measured = measure_foreign(infer_shapes(proto))
+    changes += measured
     for _ in range(MAX_ROUNDS):  # what a pass leaves, and shapes known only then, can be work for one before it
         graph = editable(proto)
         name_nodes(graph)
