@@ -23,6 +23,8 @@ MAX_OPSET = 21  # the newest that ONNX Runtime 1.19.2 reads, and with it the tra
 MAX_IR_VERSION = 10
 _QUIET = 4  # onnxruntime's severity "fatal": errors reach the user through exceptions
 
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft")  # that ONNX Runtime comes with
+
 TRAINER = "onnxruntime-training-cpu"
 
 
@@ -142,4 +144,12 @@ def _open(model: onnx.ModelProto | Path, optimize: bool, **settings: str) -> Any
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a private class per status code
-        raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+        missing = [] if isinstance(model, Path) else _missing_operators(model)
+        hint = f" (it has no operators {', '.join(missing)})" if missing else ""
+        raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}{hint}") from error
+
+
+def _missing_operators(model: onnx.ModelProto) -> list[str]:
+    """The operators of domains that ONNX Runtime does not come with, unless the model defines them itself."""
+    own = {*_DOMAINS, *(function.domain for function in model.functions)}
+    return sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in own})

@@ -66,3 +66,10 @@ def test_the_executed_graph_shows_fused_kernels() -> None:
         }
     """)
     assert "QLinearSigmoid" in [node.op_type for node in executed_graph(model).graph.node]
+
+
+def test_every_operator_that_onnx_runtime_lacks_is_named() -> None:
+    text = "(float[n,4] x) => (float[n,4] y) { a = my.domain.Foo(x) b = Neg(a) y = other.Bar(b) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17, "my.domain": 1, "other": 1]> g {text}')
+    with pytest.raises(ModelError, match=r"cannot run the model: .*\(it has no operators my.domain::Foo, other::Bar\)"):
+        Session(model)

@@ -53,8 +53,7 @@ def _unable_to_run(parts: Parts) -> Iterator[Problem]:
         Session(without_large(parts.model.proto), optimize=False)
     except (ModelError, InstallationError) as error:
         foreign = tuple(dict.fromkeys(f"{node.domain}.{node.op_type}" for node in parts.graph.nodes if node.domain))
-        told = f" (operators of other domains: {', '.join(foreign)})" if foreign else ""
-        yield Problem("cannot-run", f"{error}{told}", foreign)
+        yield Problem("cannot-run", str(error), foreign)
 
 
 def _inputs(parts: Parts) -> Iterator[Problem]:
