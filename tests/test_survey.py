@@ -408,8 +408,8 @@ def test_operators_that_onnx_runtime_lacks_are_named() -> None:
     message, names = problem(found, "cannot-run")
     assert message.startswith("ONNX Runtime cannot run the model: ")
     assert "\n" not in message
-    assert names == ("acme.Fold",)
-    assert "acme.Fold" in message
+    assert names == ("acme::Fold",)
+    assert "acme::Fold" in message
     assert layer_of(found, "Fold").macs is None
     assert layer_of(found, "Fold").macs_reason == "'Fold' is an operator of the domain 'acme'"
     VALIDATOR.validate(survey_json(found))

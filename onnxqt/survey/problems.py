@@ -52,7 +52,7 @@ def _unable_to_run(parts: Parts) -> Iterator[Problem]:
     try:
         Session(without_large(parts.model.proto), optimize=False)
     except (ModelError, InstallationError) as error:
-        foreign = tuple(dict.fromkeys(f"{node.domain}.{node.op_type}" for node in parts.graph.nodes if node.domain))
+        foreign = tuple(dict.fromkeys(f"{node.domain}::{node.op_type}" for node in parts.graph.nodes if node.domain))
         yield Problem("cannot-run", str(error), foreign)
 
 
