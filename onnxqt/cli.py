@@ -197,6 +197,7 @@ def trim(
     title = f"{model.name}: {share}; float {_percent(content['float'])}, checkpoint {_percent(content['checkpoint'])}"
     _print_table(title, report.summary())
     training = content["training"]
+    _tell_unbounded(content["plan"]["unbounded_tensors"])
     for line in _untrained(training):
         click.echo(line, err=True)
     click.echo(
@@ -253,6 +254,7 @@ def calibrate(
         work, table = calibrated(open_workspace(model, data, None, out, settings, bar))
     content = make_table(work, Candidate(work.source.model, table))
     write_json(work.folder / TABLE, content)
+    _tell_unbounded(work.source.plan.unbounded)
     if as_json:
         _print_json(content)
         return
@@ -288,6 +290,7 @@ def export(
         checkpoint = Candidate(work.source.model, ranges)
         exported = export_files(work, checkpoint)
     content = {name: _check_of(scheme.verdict) for name, scheme in exported.items()}
+    _tell_unbounded(work.source.plan.unbounded)
     if as_json:
         _print_json(content)
         return
@@ -371,6 +374,15 @@ def _settings(schemes: Sequence[str], **rest: Any) -> Settings:
 
 def _percent(outcome: dict[str, Any]) -> str:
     return f"{100 * next(iter(outcome['metrics'].values())):.2f}" if outcome["metrics"] else "-"
+
+
+def _tell_unbounded(tensors: Sequence[str]) -> None:
+    if tensors:
+        click.echo(
+            f"{len(tensors)} tensor(s) such as '{tensors[0]}' take NaN or infinite values on the samples: they and the "
+            "nodes around them stay float",
+            err=True,
+        )
 
 
 def _untrained(training: dict[str, Any]) -> list[str]:

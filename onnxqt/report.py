@@ -102,6 +102,7 @@ def build_report(findings: Findings) -> Report:
             "plan": {
                 "quantized_tensors": len(plan.activations),
                 "quantized_weights": len(plan.weights),
+                "unbounded_tensors": list(plan.unbounded),
                 "integer_nodes": [node.name for node in plan.integer_nodes],
                 "float_nodes": [{"node": n.name, "op_type": n.op_type, "reason": n.reason} for n in plan.float_nodes],
             },

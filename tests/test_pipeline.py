@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import invoke
 from helpers import build, normal, save
 
 from onnxqt.numerics import Array
@@ -51,11 +52,22 @@ def test_a_mask_of_minus_infinity_stays_float(tmp_path: Path) -> None:
     report = run(model, {"x": x, "kept": kept}, tmp_path)
     reasons = {node["op_type"]: node["reason"] for node in report.content["plan"]["float_nodes"]}
     assert "takes NaN or infinite values" in reasons["Add"]
+    assert "mask" in report.content["plan"]["unbounded_tensors"]
     assert report.content["training"]["steps"] == 5
     outputs = written(tmp_path).run({"x": x, "kept": kept})["y"]
     expected = open_mask({"x": x, "mask": np.broadcast_to(mask, (40, 5, 5)).copy()})["y"]
     noise = np.sum((outputs - expected) ** 2) / np.sum(expected**2)
     assert 10 * np.log10(1 / noise) > 30
+
+
+def test_the_command_line_tells_what_stays_float_because_of_its_values(tmp_path: Path) -> None:
+    text = "(float[n,4] x) => (float[] y) { a = MatMul(x, w) b = Relu(x) c = Log(b) d = Add(a, c) y = MatMul(d, v) }"
+    file = save(build(text, {"w": normal(4, 4), "v": normal(4, 2)}), tmp_path)
+    np.savez(tmp_path / "samples.npz", x=normal(20, 4))
+    for command in ("calibrate", "export"):
+        result = invoke(command, file, "--data", tmp_path / "samples.npz", "--out", tmp_path / command)
+        assert result.exit_code == 0, result.stderr
+        assert "such as 'c' take NaN or infinite values on the samples" in result.stderr
 
 
 def test_a_model_without_a_batch_axis(tmp_path: Path) -> None:
