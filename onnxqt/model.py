@@ -164,6 +164,7 @@ def editable(proto: onnx.ModelProto) -> gs.Graph:
     for initializer in proto.graph.initializer:
         if is_external(initializer) and initializer.name in tensors:
             tensors[initializer.name].values = FileValues(initializer)
+            tensors[initializer.name].data_location = None  # graphsurgeon would give it to values written anew
     return graph
 
 

@@ -10,6 +10,7 @@ from conftest import invoke
 from helpers import build, normal
 from onnx import TensorProto
 
+from onnxqt.errors import ModelError
 from onnxqt.files import write_model
 from onnxqt.ingest import files as ingest_files
 from onnxqt.ingest import ingest
@@ -57,6 +58,20 @@ def test_large_weights_stay_in_their_file_and_give_the_same_outputs(path: Path) 
     for name, value in {"w0": normal(SIZE, SIZE), "w1": normal(SIZE, SIZE)}.items():
         np.testing.assert_array_equal(model.graph.constant(name), value)
     assert {site.tensor for site in make_plan(model).weights} == {"w0", "w1"}
+
+
+def test_more_rewritten_weights_than_one_file_holds_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        half = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(proto, path, save_as_external_data=True, location="half.data", size_threshold=0)
+    assert not any(stored(ingest(path).proto).values())
+    monkeypatch.setattr(sys.modules["onnxqt.ingest"], "MAX_EMBEDDED", SIZE * SIZE)
+    with pytest.raises(ModelError, match=r"GiB of weights would have to be rewritten .*: save the model in float32"):
+        ingest(path)
 
 
 def test_small_models_are_read_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,11 @@ from onnxqt.ingest.weights import separate_weights
 from onnxqt.model import Model, editable, finish, infer_shapes, ir_version_for, name_nodes, opset_of
 from onnxqt.opset import convert_opset
 from onnxqt.runtime import MAX_OPSET
-from onnxqt.tensors import check_model
+from onnxqt.tensors import check_model, is_external, nbytes
 
 MIN_OPSET = 17
 MAX_ROUNDS = 10
+MAX_EMBEDDED = (1 << 31) - (1 << 26)  # bytes of weights, with room for the graph: a protobuf message holds 2 GiB
 
 
 PASSES: tuple[Callable[[gs.Graph], list[str]], ...] = (
@@ -94,6 +95,7 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
         proto = finish(graph)
         if not found:
             break
+    _check_size(proto)
     changes += kept_quantizers(proto)
     proto.metadata_props.extend(metadata)
     try:
@@ -101,6 +103,16 @@ def _normalise(proto: onnx.ModelProto, strip_qdq: bool) -> tuple[onnx.ModelProto
     except onnx.checker.ValidationError as error:
         raise ModelError(f"a pass broke the graph ({first_line(error)}): report the model") from error
     return proto, changes
+
+
+def _check_size(proto: onnx.ModelProto) -> None:
+    """Refuse a large model of whose weights too many had to be rewritten, from float16 for example."""
+    size = sum(nbytes(tensor) for tensor in proto.graph.initializer if not is_external(tensor))
+    if size > MAX_EMBEDDED:
+        raise ModelError(
+            f"{size / 2**30:.1f} GiB of weights would have to be rewritten (into float32, or another layout), more "
+            "than one ONNX file holds: save the model in float32, with its weights as external data"
+        )
 
 
 def _convert_opset(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
