@@ -689,9 +689,25 @@ def replace_constant(index: int, value: Array) -> Callable[[ModelProto], object]
     return change
 
 
-def dynamic_scale(model: ModelProto) -> None:
-    model.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, []))
-    model.graph.node[0].input[1] = "scale"
+def test_quantizers_with_a_scale_computed_at_run_time_are_float() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N, 4] x, float s) => (float[N, 3] y, uint8[N, 4] codes)
+            <uint8 z = {7}, float[4, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}> {
+            codes = QuantizeLinear(x, s, z)
+            real = DequantizeLinear(codes, s, z)
+            h = MatMul(real, w)
+            hc = QuantizeLinear(h, s, z)
+            y = DequantizeLinear(hc, s, z)
+        }
+    """)
+    program = load_program(model)
+    assert [op_type for _, op_type, _ in program.float_nodes] == [node.op_type for node in model.graph.node]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": np.array([[1, 2, 3, 4], [0, -1, 0.5, 2]], np.float32), "s": np.array(0.25, np.float32)}
+    outputs = program.run(feeds)
+    for name, expected in zip(("y", "codes"), session.run(["y", "codes"], feeds), strict=True):
+        np.testing.assert_array_equal(outputs[name], expected)
 
 
 def test_an_if_that_reads_a_quantized_tensor_is_a_float_island() -> None:
@@ -721,7 +737,6 @@ def test_an_if_that_reads_a_quantized_tensor_is_a_float_island() -> None:
     [
         (set_opset, "the model has opset 12: expected 13 to 21; convert it with onnx.version_converter"),
         (lambda m: m.graph.node[0].ClearField("input"), "cannot read the model as ONNX"),
-        (dynamic_scale, "has a scale or zero point that is not constant: quantize statically"),
         (replace_constant(1, np.array([0.1, 0.2, 0.3], np.float32)), "quantizes an activation per channel or block"),
         (replace_constant(1, np.array(-0.1, np.float32)), "scale must be finite and > 0"),
         (replace_constant(1, np.array(0.1, np.float16)), "type UINT8 and a float16 scale: expected 4, 8 or 16-bit"),

@@ -189,6 +189,11 @@ def worst_output(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> tupl
     return max(errors, default=(0.0, ""))
 
 
+def holds_quantizers(proto: onnx.ModelProto) -> bool:
+    """Whether a model is run with --strip-qdq, as the package asks for."""
+    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in _nodes(proto))
+
+
 def randomness(proto: onnx.ModelProto) -> str | None:
     """Why two runs of a model differ; None if they do not."""
     for node in _nodes(proto):
@@ -328,7 +333,9 @@ def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], Non
     from onnxqt.pipeline import make_table
 
     begin("inspect")
-    model = ingest(case.model)
+    strip = holds_quantizers(original.proto)
+    row["stripped"] = strip
+    model = ingest(case.model, strip_qdq=strip)
     plan = make_plan(model)
     row["integer_nodes"] = len(plan.integer_nodes)
     begin("float path")
@@ -340,7 +347,7 @@ def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], Non
     batched = has_batch_axis(input_specs(model))
     samples = make_samples(original.feeds, batched, zlib.crc32(case.name.encode()))
     np.savez(data / "samples.npz", **samples)  # type: ignore[arg-type]
-    settings = Settings((parse_scheme(SCHEME),), steps=0, batch_size=BATCH)
+    settings = Settings((parse_scheme(SCHEME),), steps=0, batch_size=BATCH, strip_qdq=strip)
     work, ranges = calibrated(open_workspace(case.model, data, out=case.folder / "run", settings=settings))
     make_table(work, Candidate(work.source.model, ranges))
     begin("trim")
@@ -378,7 +385,8 @@ def _export(case: Case, original: Original, steps: int) -> Row:
 
     watch = Watch()
     run = case.folder / "run"
-    settings = Settings((parse_scheme(SCHEME),), steps=steps, batch_size=BATCH)
+    strip = holds_quantizers(original.proto)
+    settings = Settings((parse_scheme(SCHEME),), steps=steps, batch_size=BATCH, strip_qdq=strip)
     report = trim(case.model, case.folder / "samples", out=run, settings=settings, progress=watch)
     if not all(map(math.isfinite, watch.losses)):
         raise Wrong(f"a loss is not finite: {watch.losses}")

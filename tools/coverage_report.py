@@ -88,6 +88,7 @@ def document(rows: Sequence[Row], command: str, unexported: Mapping[str, str]) -
         "A model counts where ONNX Runtime 1.19.2 itself runs it in float, as it is or converted to opset 17 or 21.",
         "*pass*: every stage ends well, the ingested model computes what the original computes (relative difference",
         "at most 1e-5; 1e-2 with 16-bit floats), and the exported file runs with finite outputs.",
+        "Models with QuantizeLinear or DequantizeLinear are run with --strip-qdq.",
         "*refused*: an error of the package's own. *fail*: everything else.",
         "",
         *summary(rows),

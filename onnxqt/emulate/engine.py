@@ -138,7 +138,9 @@ def _restacked(graph: Graph, node: NodeProto) -> Tensor | None:
 def _decide(graph: Graph, node: NodeProto) -> None:
     """Writes down the step of one node, and what the graph knows of the node's outputs."""
     dynamic = [name for name in read_names(node) if not is_constant(graph, name)]
-    if node.op_type == "QuantizeLinear":
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not _is_static(graph, node):
+        _float(graph, node, "its scale or zero point is computed at run time")
+    elif node.op_type == "QuantizeLinear":
         _quantize(graph, node)
     elif node.op_type == "DequantizeLinear" and node.input[0] in graph.grids:
         graph.tensors[node.output[0]] = Tensor(node.input[0], per_tensor(graph, node))
@@ -152,6 +154,11 @@ def _decide(graph: Graph, node: NodeProto) -> None:
             _integer(graph, node)
         except NotIntegerError as reason:
             _float(graph, node, str(reason))
+
+
+def _is_static(graph: Graph, quantizer: NodeProto) -> bool:
+    """Whether the grid of a QuantizeLinear or DequantizeLinear is constant."""
+    return all(is_constant(graph, name) for name in quantizer.input[1:] if name)
 
 
 def _integer(graph: Graph, node: NodeProto) -> None:
@@ -285,6 +292,8 @@ def _tail(graph: Graph, node: NodeProto, with_bias: bool = False) -> _Tail:
         user = users[0]
         taken.append(user.output[0])
         if user.op_type == "QuantizeLinear":
+            if not _is_static(graph, user):
+                raise NotIntegerError("its output goes to a quantizer whose scale is computed at run time")
             break
         if user.op_type == "Add":
             other = user.input[1 - list(user.input).index(name)]
