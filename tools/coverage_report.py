@@ -106,9 +106,13 @@ def document(rows: Sequence[Row], command: str, unexported: Mapping[str, str]) -
     ]
     vague = [row for row in refused if not (row["named"] and row["remedy"])]
     exported = sum(row.get("untrained") == "passes" for row in refused)
-    if refused:
+    if exported:
         lines += [f"Of the {len(refused)} refused, {exported} are quantized without training."]
-        lines += [f"{len(refused) - len(vague)} messages name a node, tensor or input of the model and a remedy.", ""]
+    if refused:
+        lines += [
+            f"{len(refused) - len(vague)} of the {len(refused)} refusals name a node, tensor or input and a remedy.",
+            "",
+        ]
     for outcome, title in (("fails", "Failed"), ("refused", "Refused"), ("not runnable", "Not run by ONNX Runtime")):
         lines += _listed(title, [row for row in rows if row["outcome"] == outcome])
     excluded = defaultdict(list)
