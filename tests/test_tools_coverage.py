@@ -54,10 +54,8 @@ def test_what_onnx_runtime_does_not_know_is_not_runnable(tool: ModuleType, tmp_p
 
 
 def test_an_error_of_the_package_is_a_refusal_with_what_it_names(tool: ModuleType, tmp_path: Path) -> None:
-    model = build(
-        "(float[N, 4] x) => (float[] y) { [quantizer] q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }",
-        {"s": np.array(0.1, np.float32), "z": np.array(0, np.int8)},
-    )
+    text = "(float[N, 4] x) => (float[] y) { [noise] y = Dropout(x, ratio, on) }"
+    model = build(text, {"ratio": np.array(0.5, np.float32), "on": np.array(True)})
     row = tool.judge(case(tool, tmp_path, model))
     assert (row["outcome"], row["stage"], row["error"]) == ("refused", "inspect", "ModelError")
     assert row["named"]
@@ -85,9 +83,18 @@ def test_an_error_that_blames_the_package_is_a_failure(
     assert (row["outcome"], row["stage"], row["error"]) == ("fails", "trim", "ContradictionError")
 
 
+def test_the_float_path_of_a_model_without_its_quantizers_is_not_compared(tool: ModuleType, tmp_path: Path) -> None:
+    text = "(float[N, 4] x) => (float[] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"
+    model = build(text, {"s": np.array(0.1, np.float32), "z": np.array(0, np.int8)})
+    row = tool.judge(case(tool, tmp_path, model))
+    assert (row["outcome"], row["float_path"]) == ("passes", "its quantizers were taken out")
+
+
 def test_another_float_result_is_a_failure(tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = onnxqt.ingest
-    monkeypatch.setattr(onnxqt, "ingest", lambda path: real(path).with_weights({"w": normal(4, 2, 3, 3, seed=5)}))
+    monkeypatch.setattr(
+        onnxqt, "ingest", lambda path, strip_qdq: real(path).with_weights({"w": normal(4, 2, 3, 3, seed=5)})
+    )
     row = tool.judge(case(tool, tmp_path, conv()))
     assert (row["outcome"], row["stage"], row["error"]) == ("fails", "float path", "Wrong")
 

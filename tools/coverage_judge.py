@@ -361,6 +361,8 @@ def _float_path(original: Original, ingested: onnx.ModelProto) -> Row:
         Wrong: if it does not run, or is farther away than allowed.
     """
     proto = original.proto
+    if holds_quantizers(proto) and not holds_quantizers(ingested):
+        return {"float_path": "its quantizers were taken out"}
     if reason := randomness(proto) or UNDEFINED.get(proto.graph.name):
         return {"float_path": reason}
     try:
