@@ -137,10 +137,9 @@ def input_specs(model: Model) -> list[InputSpec]:
 
 
 def _input_spec(value: onnx.ValueInfoProto) -> InputSpec:
-    kind, tensor = value.type.WhichOneof("value"), value.type.tensor_type
-    if kind != "tensor_type" or tensor.elem_type == TensorProto.STRING:
-        what = "strings" if kind == "tensor_type" else f"a {str(kind).removesuffix('_type').replace('_', ' ')}"
-        raise ModelError(f"input '{value.name}' takes {what}: export the model with tensors of numbers as its inputs")
+    tensor = value.type.tensor_type  # ingest refuses everything else
+    if tensor.elem_type == TensorProto.STRING:
+        raise ModelError(f"input '{value.name}' takes strings: export the model with tensors of numbers as its inputs")
     if not tensor.HasField("shape"):
         raise ModelError(f"input '{value.name}' has no known rank: export the model with the shapes of its inputs")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
@@ -244,6 +243,21 @@ def _node(node: onnx.NodeProto) -> Node:
 def subgraphs_of(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
     """The graphs that an attribute holds."""
     return (attribute.g,) if attribute.HasField("g") else attribute.graphs
+
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, then its subgraphs at every depth."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in subgraphs_of(attribute):
+                yield from graphs_of(subgraph)
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph, then those of its subgraphs."""
+    for part in graphs_of(graph):
+        yield from part.node
 
 
 def _captured(graph: onnx.GraphProto) -> Iterator[str]:

@@ -4,7 +4,7 @@ import onnx
 from onnx import defs, inliner, version_converter
 
 from onnxqt.errors import ModelError, first_line
-from onnxqt.model import opset_of, subgraphs_of
+from onnxqt.model import is_onnx, nodes_of, opset_of
 from onnxqt.tensors import check_model, with_large, without_large
 
 
@@ -55,7 +55,7 @@ def _with_defaults(proto: onnx.ModelProto, op_types: set[str]) -> onnx.ModelProt
     """Write out the default attributes of some operators; onnx's inliner forgets them in subgraphs."""
     explicit = onnx.ModelProto()
     explicit.CopyFrom(proto)
-    for node in _nodes(explicit.graph):
+    for node in nodes_of(explicit.graph):
         if node.op_type in op_types:
             present = {attribute.name for attribute in node.attribute}
             schema = defs.get_schema(node.op_type, opset_of(proto))
@@ -91,15 +91,15 @@ def _signature(op_type: str, version: int) -> tuple[object, ...]:
 def _op_types(proto: onnx.ModelProto) -> set[str]:
     """The operators of ONNX itself in a model."""
     current = opset_of(proto)
-    return {n.op_type for n in _nodes(proto.graph) if n.domain in ("", "ai.onnx") and defs.has(n.op_type, current)}
+    return {n.op_type for n in nodes_of(proto.graph) if is_onnx(n) and defs.has(n.op_type, current)}
 
 
 def _culprit(proto: onnx.ModelProto, version: int) -> str | None:
     """The first node whose operator is missing in `version`, or changed between the two."""
     current = opset_of(proto)
     changed = []
-    for node in _nodes(proto.graph):
-        if node.domain not in ("", "ai.onnx") or not defs.has(node.op_type, current):
+    for node in nodes_of(proto.graph):
+        if not is_onnx(node) or not defs.has(node.op_type, current):
             continue
         label = f"{node.op_type} '{node.name or node.output[0]}'"
         if not defs.has(node.op_type, version):
@@ -107,13 +107,3 @@ def _culprit(proto: onnx.ModelProto, version: int) -> str | None:
         if defs.get_schema(node.op_type, current).since_version != defs.get_schema(node.op_type, version).since_version:
             changed.append(f"{label} uses what it has no form of there")
     return changed[0] if changed else None
-
-
-def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Every node of a graph and its subgraphs."""
-    nodes = list(graph.node)
-    for node in graph.node:
-        for attribute in node.attribute:
-            for subgraph in subgraphs_of(attribute):
-                nodes += _nodes(subgraph)
-    return nodes

@@ -1,13 +1,11 @@
 """Quantized models: which are refused, and the pass that recovers the float model from pairs of quantizers."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqt.errors import ModelError
-from onnxqt.model import subgraphs_of
+from onnxqt.model import nodes_of
 from onnxqt.numerics import Array
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -25,7 +23,9 @@ def check_quantized(proto: onnx.ModelProto, strip_qdq: bool) -> None:
     Raises:
         ModelError: naming the first quantized operator.
     """
-    for node in _nodes(proto.graph):
+    for node in nodes_of(proto.graph):
+        if node.domain not in _DOMAINS:
+            continue
         label = f"{node.op_type} '{node.name or node.output[0]}'"
         if node.op_type in _INTEGER or node.op_type.startswith("QLinear"):
             raise ModelError(
@@ -76,8 +76,8 @@ def kept_quantizers(proto: onnx.ModelProto) -> list[str]:
     inputs = {value.name for value in proto.graph.input}
     outputs = {value.name for value in proto.graph.output}
     changes = []
-    for node in _nodes(proto.graph):
-        if node.op_type not in _PAIR:
+    for node in nodes_of(proto.graph):
+        if node.op_type not in _PAIR or node.domain not in _DOMAINS:
             continue
         label = f"{node.op_type} '{node.name}'"
         if node.op_type == "DequantizeLinear" and node.input[0] in inputs:
@@ -90,16 +90,6 @@ def kept_quantizers(proto: onnx.ModelProto) -> list[str]:
                 "so the float model cannot be recovered; give the float model"
             )
     return changes
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and its subgraphs that could be quantized."""
-    for node in graph.node:
-        if node.domain in _DOMAINS:
-            yield node
-        for attribute in node.attribute:
-            for subgraph in subgraphs_of(attribute):
-                yield from _nodes(subgraph)
 
 
 def _quantizer(codes: gs.Tensor) -> gs.Node | None:

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from onnxqt.errors import ModelError, first_line
-from onnxqt.model import subgraphs_of
+from onnxqt.model import graphs_of
 from onnxqt.tensors import check_model, external_field, is_external, nbytes, raw_bytes, set_external
 
 EMBED_LIMIT = 7 << 28  # 1.75 GiB of external data: up to there a model fits into one protobuf message of 2 GiB
@@ -97,16 +97,14 @@ def _staying(path: Path, proto: onnx.ModelProto, external: list[TensorProto]) ->
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
     """Every constant of a graph and its subgraphs: initializers, and tensors in attributes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
+    for part in graphs_of(graph):
+        yield from part.initializer
+        for sparse in part.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for attribute in (attribute for node in part.node for attribute in node.attribute):
             yield from ((attribute.t,) if attribute.HasField("t") else attribute.tensors)
             if attribute.HasField("sparse_tensor"):
                 yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
-            for subgraph in subgraphs_of(attribute):
-                yield from _tensors(subgraph)
 
 
 def _embed(path: Path, staying: set[str], external: list[TensorProto]) -> None:

@@ -1,14 +1,13 @@
 """What is brought into a form that a graph can be edited in, and what has none and is refused."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, numpy_helper
 
 from onnxqt.errors import ModelError
-from onnxqt.model import subgraphs_of
+from onnxqt.model import graphs_of, nodes_of
 
 _MOST = 1 << 31  # bytes of a constant in a model
 _LOST = ("TENSORS", "GRAPHS", "SPARSE_TENSOR", "SPARSE_TENSORS", "TYPE_PROTO", "TYPE_PROTOS")
@@ -21,13 +20,13 @@ def write_dense(proto: onnx.ModelProto) -> list[str]:
         ModelError: if one has 2 GiB or more.
     """
     changes = []
-    for graph in _graphs(proto.graph):
+    for graph in graphs_of(proto.graph):
         for sparse in graph.sparse_initializer:
             name = sparse.values.name
             graph.initializer.append(numpy_helper.from_array(_dense(sparse, name), name))
             changes.append(f"wrote sparse constant '{name}' as a dense one")
         del graph.sparse_initializer[:]
-    for node in _nodes(proto.graph):
+    for node in nodes_of(proto.graph):
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.name == "sparse_value":
                 dense = _dense(attribute.sparse_tensor, node.output[0])
@@ -70,7 +69,7 @@ def check_supported(proto: onnx.ModelProto) -> None:
                     f"{kind} '{value.name}' is {'an' if form[0] in 'aeiou' else 'a'} {form}, not a tensor: export the "
                     f"model with tensors as inputs and outputs{_hint(proto)}"
                 )
-    for node in _nodes(proto.graph):
+    for node in nodes_of(proto.graph):
         label = f"{node.op_type} '{node.name or node.output[0]}'"
         if node.op_type == "Optional" and not node.domain:
             raise ModelError(f"{label} makes an optional value, which is not supported: export the model without it")
@@ -96,17 +95,3 @@ def _is_text(attribute: AttributeProto) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for part in _graphs(graph):
-        yield from part.node
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and its subgraphs."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for subgraph in subgraphs_of(attribute):
-                yield from _graphs(subgraph)

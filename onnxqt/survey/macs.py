@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import onnx
 
-from onnxqt.model import Node, is_onnx, subgraphs_of
+from onnxqt.model import Node, is_onnx, nodes_of
 
 Shapes = Callable[[str], tuple[int | None, ...] | None]
 
@@ -53,8 +53,7 @@ def bodies(node: Node) -> Iterable[onnx.GraphProto]:
 
 
 def _multiplies(graph: onnx.GraphProto) -> bool:
-    inner = [body for node in graph.node for attribute in node.attribute for body in subgraphs_of(attribute)]
-    return any(not is_onnx(node) or node.op_type in _FORMULAS for node in graph.node) or any(map(_multiplies, inner))
+    return any(not is_onnx(node) or node.op_type in _FORMULAS for node in nodes_of(graph))
 
 
 def _conv(node: Node, shapes: Shapes) -> int:

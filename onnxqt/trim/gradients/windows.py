@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from onnx import helper
@@ -224,6 +225,11 @@ class _Geometry:
         """In the order of the attribute."""
         return [*self.begin, *self.end]
 
+    def attributes(self, call: Call) -> dict[str, Any]:
+        """Those that a convolution from the large to the small side shares with the transposed one back."""
+        shared = {"strides": self.strides, "dilations": self.dilations, "pads": self.pads}
+        return {"group": attribute(call, "group", 1), **shared}
+
 
 def _transposed_pads(call: Call, strides: list[int], spans: list[int]) -> tuple[list[int], list[int]]:
     """The pads that ONNX Runtime uses, begin and end; negative where `output_shape` asks for more than there is."""
@@ -248,13 +254,7 @@ def _conv(call: Call) -> Vjp:
     d x = ConvTranspose(g, W);  d W[o, i] = the convolution of x[:, i] by g[:, o] over the batch;  d bias = sum(g)
     """
     geometry = _Geometry.of_convolution(call)
-    attributes = {
-        "group": attribute(call, "group", 1),
-        "strides": geometry.strides,
-        "dilations": geometry.dilations,
-        "pads": geometry.pads,
-        "output_padding": geometry.extra,
-    }
+    attributes = {**geometry.attributes(call), "output_padding": geometry.extra}
     to_x = f"d0 = ConvTranspose{attribute_text(attributes)}(g0, x1)"
     return _convolution_gradients(call, to_x, _to_weights(call, geometry, "x0", "g0"))
 
@@ -265,13 +265,7 @@ def _conv_transpose(call: Call) -> Vjp:
     d x = Conv(g, W);  d W[i, o] = the convolution of g[:, o] by x[:, i] over the batch;  d bias = sum(g)
     """
     geometry = _Geometry.of_transposed(call)
-    attributes = {
-        "group": attribute(call, "group", 1),
-        "strides": geometry.strides,
-        "dilations": geometry.dilations,
-        "pads": geometry.pads,
-    }
-    to_x = f"d0 = Conv{attribute_text(attributes)}(g0, x1)"
+    to_x = f"d0 = Conv{attribute_text(geometry.attributes(call))}(g0, x1)"
     return _convolution_gradients(call, to_x, _to_weights(call, geometry, "g0", "x0"))
 
 
