@@ -238,7 +238,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds per model")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    wrong = set(arguments.sets.split(",")) - set(SETS)
+    if wrong:
+        parser.error(f"--sets names {', '.join(sorted(wrong))}, which is no set: choose of {', '.join(SETS)}")
+    if not arguments.serve and "zoo" in arguments.sets.split(",") and not any(arguments.zoo.glob("*.onnx")):
+        parser.error(f"--zoo {arguments.zoo} holds no model: run 'python tools/zoo.py --out {arguments.zoo}' first")
+    return arguments
 
 
 def _read_rows(path: Path) -> list[Row]:
