@@ -5,8 +5,8 @@ number. This is the only module where a scale is computed from a range.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,9 +16,9 @@ from onnxqt.data import Samples, fixed_batch
 from onnxqt.errors import CalibrationError, UnboundedError
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, Grid, QParams, fake_quantize
-from onnxqt.plan import QuantPlan, tensors_of_group
+from onnxqt.plan import IntegerNode, QuantPlan, fixed_site, tensors_of_group
 from onnxqt.runtime import Session, with_outputs
-from onnxqt.schemes import Scheme
+from onnxqt.schemes import Grids, Placement, Scheme
 
 RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "entropy")
@@ -103,15 +103,19 @@ class RangeTable:
     samples: int
 
     @cached_property
-    def _params(self) -> dict[tuple[tuple[str, ...], Grid, RangeMethod], QParams]:
+    def _params(self) -> dict[tuple[tuple[str, ...], Grid, Placement, RangeMethod], QParams]:
         """Parameters that were asked for before; schemes that differ in the weights alone share them."""
         return {}
 
-    def params(self, plan: QuantPlan, group: str, grid: Grid, method: RangeMethod) -> QParams:
+    def params(
+        self, plan: QuantPlan, group: str, grid: Grid, method: RangeMethod, placement: Placement | None = None
+    ) -> QParams:
         """The parameters of all tensors that share a grid."""
-        key = (tuple(tensors_of_group(plan, group)), grid, method)
+        placement = placement or _own_placement(grid)
+        key = (tuple(tensors_of_group(plan, group)), grid, placement, method)
         if key not in self._params:
-            self._params[key] = range_params(*clip_range(self.of_group(plan, group), grid, method), grid)
+            clip = clip_range(self.of_group(plan, group), grid, method, placement)
+            self._params[key] = range_params(*clip, grid, placement)
         return self._params[key]
 
     def merge(self, other: "RangeTable") -> "RangeTable":
@@ -120,16 +124,29 @@ class RangeTable:
         return RangeTable(merged, self.samples + other.samples)
 
     def of_group(self, plan: QuantPlan, group: str) -> TensorRange:
-        """The range of all tensors that share a grid."""
-        first, *rest = (self.tensors[tensor] for tensor in tensors_of_group(plan, group))
+        """The range of all tensors that share a grid.
+
+        Raises:
+            CalibrationError: if a tensor was not recorded.
+        """
+        names = tuple(tensors_of_group(plan, group))
+        for name in names:
+            if name not in self.tensors:
+                raise CalibrationError(f"the range of '{name}' was not recorded: calibrate with every plan to be used")
+        first, *rest = (self.tensors[name] for name in names)
         for seen in rest:
             first = first.merge(seen)
         return first
 
 
+def tensors_of(plans: Iterable[QuantPlan]) -> tuple[str, ...]:
+    """The quantized activations of several plans together, each once: what to calibrate for all of them."""
+    return tuple(dict.fromkeys(site.tensor for plan in plans for site in plan.activations))
+
+
 def calibrate(
     model: Model,
-    plan: QuantPlan,
+    plan: QuantPlan | Iterable[str],
     samples: Samples,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
@@ -138,7 +155,7 @@ def calibrate(
 
     Args:
         model: the float model.
-        plan: its quantizer sites.
+        plan: its quantizer sites, or the tensors to record (see `tensors_of`).
         samples: the calibration data, read once in order.
         batch_size: samples run together; bounds the memory.
         progress: called with the number of samples done.
@@ -146,7 +163,7 @@ def calibrate(
     Raises:
         UnboundedError: naming the tensors that take NaN or infinite values.
     """
-    names = [site.tensor for site in plan.activations]
+    names = tensors_of([plan]) if isinstance(plan, QuantPlan) else tuple(plan)
     inside = [name for name in names if name not in model.graph.inputs]
     session = Session(with_outputs(model.proto, inside), outputs=inside)
     seen: dict[str, TensorRange] = {}
@@ -173,63 +190,137 @@ def calibrate(
 
 @dataclass(frozen=True, eq=False)
 class Quantizers:
-    """The parameters of every quantizer of a plan under one scheme, by tensor."""
+    """The parameters of every quantizer of a plan under one scheme.
+
+    Attributes:
+        activations: of the quantized activations, by tensor.
+        weights: of the quantized weights, by tensor.
+        constants: of the constant operands (see `constant_operand`), by the node that reads them.
+    """
 
     activations: Mapping[str, QParams]
     weights: Mapping[str, QParams]
+    constants: Mapping[str, QParams] = field(default_factory=dict)
 
 
 def make_quantizers(
-    model: Model, plan: QuantPlan, ranges: RangeTable, scheme: Scheme, method: RangeMethod
+    model: Model, plan: QuantPlan, ranges: RangeTable, scheme: Scheme | Grids, method: RangeMethod
 ) -> Quantizers:
-    """Parameters for every quantizer of `plan` under `scheme`; `method` chooses the activations' clips."""
-    activations = activation_params(plan, ranges, scheme, method)
-    weights = weight_params(plan, functools.partial(_constant, model), scheme)
+    """Parameters for every quantizer of `plan` on the grids of `scheme`; `method` chooses the activations' clips."""
+    grids = scheme.grids if isinstance(scheme, Scheme) else scheme
+    activations = activation_params(plan, ranges, grids, method)
+    weights = weight_params(plan, functools.partial(_constant, model), grids)
     for node in plan.integer_nodes:
         if node.weight and node.bias:
             name = node.weight.tensor
             input_scale = activations[node.inputs[0]].scale
-            weights[name] = _raise_for_bias(weights[name], _constant(model, node.bias), input_scale)
-    return Quantizers(activations, weights)
+            weights[name] = _raise_for_bias(weights[name], _constant(model, node.bias), input_scale, grids)
+    constants = {
+        node.name: _constant_params(constant_operand(model, node), grids)
+        for node in plan.integer_nodes
+        if node.constant is not None
+    }
+    return Quantizers(activations, weights, constants)
 
 
-def activation_params(plan: QuantPlan, ranges: RangeTable, scheme: Scheme, method: RangeMethod) -> dict[str, QParams]:
+def weight_quantizers(model: Model, plan: QuantPlan, grids: Grids) -> Quantizers:
+    """Parameters for the weights of `plan` alone."""
+    return Quantizers({}, weight_params(plan, functools.partial(_constant, model), grids))
+
+
+def activation_params(plan: QuantPlan, ranges: RangeTable, grids: Grids, method: RangeMethod) -> dict[str, QParams]:
     """Per-tensor parameters of every quantized activation, one set for each shared grid."""
+    prescribed = {
+        node.output: grids.fixed_outputs[node.op_type]
+        for node in plan.integer_nodes
+        if fixed_site(node, grids.fixed_outputs)
+    }
     groups: dict[str, QParams] = {}
-    for site in plan.activations:
-        if site.group not in groups:
-            grid = scheme.io_grid if site.io else scheme.activation_grid
-            groups[site.group] = ranges.params(plan, site.group, grid, method)
+    for site in plan.activations:  # a prescribed output comes first in its group: only moves follow it
+        if site.group in groups:
+            continue
+        grid = grids.io if site.io else grids.activation
+        if site.tensor in prescribed:
+            scale, zero_point = prescribed[site.tensor]
+            groups[site.group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), grid)
+        else:
+            groups[site.group] = ranges.params(plan, site.group, grid, method, grids.activation_placement)
     return {site.tensor: groups[site.group] for site in plan.activations}
 
 
-def weight_params(plan: QuantPlan, value_of: Callable[[str], Array], scheme: Scheme) -> dict[str, QParams]:
-    """Symmetric parameters of every quantized weight; `value_of` gives its values, one weight at a time."""
+def weight_params(plan: QuantPlan, value_of: Callable[[str], Array], grids: Grids) -> dict[str, QParams]:
+    """Parameters of every quantized weight; `value_of` gives its values, one weight at a time."""
     params = {}
     for site in plan.weights:
-        clip = weight_clip(value_of(site.tensor), site.axis, scheme.weight_grid, scheme.per_channel)
-        scale = np.maximum(clip / np.float32(scheme.weight_grid.qmax), _MIN_SCALE).astype(np.float32)
-        zero = np.zeros(scale.shape, np.int32)
-        params[site.tensor] = QParams(scale, zero, scheme.weight_grid, site.axis if scheme.per_channel else None)
+        lo, hi = _weight_ends(value_of(site.tensor), site.axis, grids)
+        scale, zero_point = _laid(lo, hi, grids.weight, grids.weight_placement)
+        params[site.tensor] = QParams(scale, zero_point, grids.weight, site.axis if grids.per_channel else None)
     return params
 
 
-def range_params(lo: float, hi: float, grid: Grid) -> QParams:
+def _weight_ends(weight: Array, axis: int, grids: Grids) -> tuple[Array, Array]:
+    """The ends of the range that a weight's grid covers: () per tensor, (channels,) per channel."""
+    if grids.weight_placement.symmetric and (grids.per_channel or grids.search_clip):
+        clip = weight_clip(weight, axis, grids.weight, grids.per_channel)
+        return -clip, clip
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis] if grids.per_channel else 1, -1)
+    lo, hi = rows.min(axis=1), rows.max(axis=1)
+    width = np.maximum(-lo, hi)
+    empty = width <= 0
+    lo, hi = np.where(empty, -(width.max() or 1.0), lo), np.where(empty, width.max() or 1.0, hi)
+    return (lo, hi) if grids.per_channel else (lo[0], hi[0])
+
+
+def constant_operand(model: Model, node: IntegerNode) -> Array:
+    """The values of a node's constant operand. A divisor gives its reciprocal, as back ends multiply by that."""
+    values = _constant(model, node.constant or "")
+    return np.asarray(np.float32(1) / values, np.float32) if node.op_type == "Div" else values
+
+
+def _constant_params(values: Array, grids: Grids) -> QParams:
+    """Parameters of a constant operand: per tensor, over all its values."""
+    return range_params(float(values.min()), float(values.max()), grids.activation, grids.activation_placement)
+
+
+def range_params(lo: float, hi: float, grid: Grid, placement: Placement | None = None) -> QParams:
     """The grid laid over a range, which always includes zero.
 
-    Signed grids are symmetric: scale = max(|lo|, |hi|) / qmax, zero_point = 0.
-    Unsigned: scale = (hi - lo) / (qmax - qmin), zero_point = round(qmin - lo / scale).
+    Symmetric: scale = max(|lo|, |hi|) / (qmax - middle), zero_point = middle,
+    with middle = 0 for signed codes, else (qmax + 1) / 2.
+    Asymmetric: scale = (hi - lo) / (qmax - qmin), zero_point = round(qmin - lo / scale).
+
+    Without a `placement`, signed grids are symmetric and unsigned ones are not.
     """
-    lo, hi = min(lo, 0.0), max(hi, 0.0)
-    if grid.signed:
-        scale = max(np.float32(max(-lo, hi) / grid.qmax), _MIN_SCALE)
-        return QParams(np.asarray(scale, np.float32), np.asarray(0, np.int32), grid)
-    scale = max(np.float32((hi - lo) / (grid.qmax - grid.qmin)), _MIN_SCALE)
-    zero_point = int(np.clip(np.rint(grid.qmin - lo / float(scale)), grid.qmin, grid.qmax))
-    return QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), grid)
+    scale, zero_point = _laid(np.asarray(lo), np.asarray(hi), grid, placement or _own_placement(grid))
+    return QParams(scale, zero_point, grid)
 
 
-def clip_range(seen: TensorRange, grid: Grid, method: RangeMethod) -> Interval:
+def _own_placement(grid: Grid) -> Placement:
+    """How onnxqt's own schemes lay a grid over a range."""
+    return Placement(symmetric=grid.signed)
+
+
+def _laid(lo: Array, hi: Array, grid: Grid, placement: Placement) -> tuple[FloatArray, Array]:
+    """Scale and zero point of a grid over each of several ranges."""
+    lo, hi = np.minimum(lo.astype(np.float64), 0.0), np.maximum(hi.astype(np.float64), 0.0)
+    middle = 0 if grid.signed else (grid.qmax + 1) // 2
+    steps = np.maximum(-lo, hi) / (grid.qmax - middle) if placement.symmetric else (hi - lo) / (grid.qmax - grid.qmin)
+    scale = np.asarray(np.maximum(steps.astype(np.float32), _MIN_SCALE))
+    if placement.power_of_two:
+        scale = power_of_two_above(scale)
+    if placement.symmetric:
+        return scale, np.full(scale.shape, middle, np.int32)
+    zero_point = np.clip(np.rint(grid.qmin - lo / scale.astype(np.float64)), grid.qmin, grid.qmax)
+    return scale, np.asarray(zero_point, np.int32)
+
+
+def power_of_two_above(scale: FloatArray) -> FloatArray:
+    """The least power of two that is not under each scale, exactly."""
+    mantissa, exponent = np.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [1/2, 1)
+    return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == np.float32(0.5))), np.float32)
+
+
+def clip_range(seen: TensorRange, grid: Grid, method: RangeMethod, placement: Placement | None = None) -> Interval:
     """The interval that a grid should cover.
 
     minmax: what was observed. percentile: without the outer 0.01 % on each side. mse: the least expected
@@ -242,7 +333,7 @@ def clip_range(seen: TensorRange, grid: Grid, method: RangeMethod) -> Interval:
     if method == "percentile":
         return _percentile(seen, lo, hi)
     cost = _squared_error if method == "mse" else _divergence
-    return _search(seen, grid, (lo, hi), cost)
+    return _search(seen, _Laying(grid, placement or _own_placement(grid)), (lo, hi), cost)
 
 
 def _percentile(seen: TensorRange, lo: float, hi: float) -> Interval:
@@ -254,45 +345,62 @@ def _percentile(seen: TensorRange, lo: float, hi: float) -> Interval:
     return min(0.0, max(lo, low)), max(0.0, min(hi, high))
 
 
+@dataclass(frozen=True, slots=True)
+class _Laying:
+    """A grid and how it is laid over a range."""
+
+    grid: Grid
+    placement: Placement
+
+    def over(self, interval: Interval) -> QParams:
+        return range_params(*interval, self.grid, self.placement)
+
+
 def _search(
     seen: TensorRange,
-    grid: Grid,
+    laying: _Laying,
     observed: Interval,
-    cost: Callable[[TensorRange, Grid, Interval], float],
+    cost: Callable[[TensorRange, _Laying, Interval], float],
 ) -> Interval:
     """The cheapest shrunken interval: both ends together first, then each end by itself."""
-    best = _cheapest(seen, grid, [(observed[0] * f, observed[1] * f) for f in _FRACTIONS], cost)
-    if grid.signed or 0.0 in observed:
+    best = _cheapest(seen, laying, [(observed[0] * f, observed[1] * f) for f in _FRACTIONS], cost)
+    if laying.placement.symmetric or 0.0 in observed:
         return best
     for _ in range(2):
-        best = _cheapest(seen, grid, [best, *((observed[0] * f, best[1]) for f in _FRACTIONS)], cost)
-        best = _cheapest(seen, grid, [best, *((best[0], observed[1] * f) for f in _FRACTIONS)], cost)
+        best = _cheapest(seen, laying, [best, *((observed[0] * f, best[1]) for f in _FRACTIONS)], cost)
+        best = _cheapest(seen, laying, [best, *((best[0], observed[1] * f) for f in _FRACTIONS)], cost)
     return best
 
 
 def _cheapest(
     seen: TensorRange,
-    grid: Grid,
+    laying: _Laying,
     intervals: list[Interval],
-    cost: Callable[[TensorRange, Grid, Interval], float],
+    cost: Callable[[TensorRange, _Laying, Interval], float],
 ) -> Interval:
-    return min(intervals, key=lambda interval: cost(seen, grid, interval))
+    return min(intervals, key=lambda interval: cost(seen, laying, interval))
 
 
-def _squared_error(seen: TensorRange, grid: Grid, interval: Interval) -> float:
+def _squared_error(seen: TensorRange, laying: _Laying, interval: Interval) -> float:
     occupied = seen.counts > 0
     x = seen.centers[occupied]
-    error = fake_quantize(x, range_params(*interval, grid)) - x
+    error = fake_quantize(x, laying.over(interval)) - x
     return float(np.dot(seen.counts[occupied], error * error))
 
 
-def _divergence(seen: TensorRange, grid: Grid, interval: Interval) -> float:
-    """KL(P || Q): P the histogram with the clipped tails added at the ends, Q what the grid keeps of it."""
-    params = range_params(*interval, grid)
+def _divergence(seen: TensorRange, laying: _Laying, interval: Interval) -> float:
+    """KL(P || Q): P the histogram with the clipped tails added at the ends, Q what the grid keeps of it.
+
+    The bins next to zero count as the ones beside them: zero is on every grid, and the many exact zeros behind a Relu
+    would make the finest grid look best, whatever it clips.
+    """
+    params = laying.over(interval)
     lo, hi = (float(end) for end in params.range)
     x = seen.centers
     inside = (x >= lo) & (x <= hi)
     counts = seen.counts.astype(np.float64)
+    middle = BINS // 2
+    counts[middle - 1], counts[middle] = counts[middle - 2], counts[middle + 1]
     if not inside.any():
         return float("inf")
     p = counts[inside].copy()
@@ -341,7 +449,7 @@ def best_clip(weight: Array, grid: Grid, power: int) -> FloatArray:
     return np.asarray(min((largest * np.float32(f) for f in _WEIGHT_FRACTIONS), key=cost), np.float32)
 
 
-def _raise_for_bias(params: QParams, bias: Array, input_scale: FloatArray) -> QParams:
+def _raise_for_bias(params: QParams, bias: Array, input_scale: FloatArray, grids: Grids) -> QParams:
     """Scales large enough for the bias, quantized with `input_scale * scale`, to fit into INT32."""
     needed = np.abs(bias).reshape(-1) / (input_scale * np.float32(_MAX_BIAS_CODE))
     if params.axis is None or needed.size == 1:
@@ -349,7 +457,9 @@ def _raise_for_bias(params: QParams, bias: Array, input_scale: FloatArray) -> QP
     elif needed.size != params.scale.size:  # grouped ConvTranspose: each scale serves one channel of every group
         needed = needed.reshape(-1, params.scale.size).max(axis=0)
     scale = np.maximum(params.scale, needed).astype(np.float32).reshape(params.scale.shape)
-    return QParams(scale, params.zero_point, params.grid, params.axis)
+    if grids.weight_placement.power_of_two:
+        scale = power_of_two_above(scale)
+    return replace(params, scale=scale)
 
 
 def bias_scale(weight: QParams, input_scale: FloatArray, size: int) -> FloatArray:

@@ -1,14 +1,20 @@
-"""How accurate a way to run a model is: over the evaluation samples, against the original float model."""
+"""How accurate a way to run a model is: over the evaluation samples, against the original float model.
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+Batches run on several threads at once, and are counted in their order: sums of floats do not depend on timing.
+"""
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx
 
 from onnxqt.data import Batch
-from onnxqt.emulate import load_program
+from onnxqt.emulate import Result, load_program
 from onnxqt.metrics import Tally
 from onnxqt.model import Model
 from onnxqt.numerics import Array
@@ -19,6 +25,29 @@ Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Tallies = dict[str, Tally]  # by output name, the model's first float output first
 
 _CACHE_LIMIT = 256 << 20  # bytes of reference outputs kept in memory
+WORKERS = max(1, min(4, os.cpu_count() or 1))  # batches that run at once; as many more wait or are being counted
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+def in_order(work: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[tuple[Item, Outcome]]:
+    """Each item with what `work` makes of it, in the order of the items, while others are worked on by threads.
+
+    At most `2 * WORKERS` items are taken ahead. The first failure is raised where its item would have come.
+    """
+    pool = ThreadPoolExecutor(WORKERS)
+    pending: deque[tuple[Item, Future[Outcome]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) == 2 * WORKERS:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Reference:
@@ -53,14 +82,14 @@ def evaluate(run: Run, reference: Reference, progress: Callable[[int], None] = l
     """Compare what `run` makes of the evaluation samples with the original outputs.
 
     Args:
-        run: inputs by name -> outputs by name.
+        run: inputs by name -> outputs by name; called from several threads.
         reference: the evaluation samples.
         progress: called with the number of samples done.
     """
     tallies = {name: Tally() for name in reference.outputs}
     done = 0
-    for batch, expected in reference:
-        _count(tallies, run(batch.inputs), expected, batch)
+    for (batch, expected), outputs in in_order(lambda item: run(item[0].inputs), reference):
+        _count(tallies, outputs, expected, batch)
         done += len(batch.index)
         progress(done)
     return tallies
@@ -96,8 +125,11 @@ def evaluate_file(
     emulator: Tallies = {name: Tally() for name in reference.outputs}
     worst, different, total, done = 0, 0, 0, 0
     overflows: Counter[str] = Counter()
-    for batch, expected in reference:
-        outputs, emulated = session.run(batch.inputs), program.run_codes(batch.inputs)
+
+    def both(item: tuple[Batch, dict[str, Array]]) -> tuple[dict[str, Array], Result]:
+        return session.run(item[0].inputs), program.run_codes(item[0].inputs)
+
+    for (batch, expected), (outputs, emulated) in in_order(both, reference):
         _count(runtime, outputs, expected, batch)
         _count(emulator, emulated.outputs, expected, batch)
         for name, codes in emulated.codes.items():

@@ -1,14 +1,16 @@
-"""Integer grids and every rounding rule, in plain numpy.
+"""Integer grids and how reals are rounded to them, in plain numpy.
 
-All rounding of the package happens here. A real value and its integer code are related by
+All rounding of reals happens here, that of accumulators in `requantize`. A real value and its integer code are
+related by
 
     real = (code - zero_point) * scale,    code in [qmin, qmax]
 
 (ONNX QuantizeLinear/DequantizeLinear, opset 21).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
+Tie = Literal["even", "away", "up"]  # where a tie goes
+Rounding = Literal[Tie, "affine"]  # how a real becomes a code: see `quantize`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +81,55 @@ def along_axis(values: Array, axis: int | None, rank: int) -> Array:
 
 
 def round_half_even(x: Array) -> Array:
-    """Nearest integer, ties to even: -1.5 -> -2, 0.5 -> 0 (ONNX QuantizeLinear)."""
+    """Nearest integer, ties to even: -1.5 -> -2, -0.5 -> 0, 0.5 -> 0 (ONNX QuantizeLinear)."""
     return np.rint(x)
 
 
-def quantize(x: Array, params: QParams) -> IntArray:
+def round_half_away(x: Array) -> Array:
+    """Nearest integer, ties away from zero: -1.5 -> -2, -0.5 -> -1, 0.5 -> 1 (C `round`)."""
+    whole = np.trunc(x)
+    return np.asarray(whole + np.copysign(np.abs(x - whole) >= 0.5, x)).astype(x.dtype, copy=False)
+
+
+def round_half_up(x: Array) -> Array:
+    """Nearest integer, ties upward: -1.5 -> -1, -0.5 -> 0, 0.5 -> 1 (an addition of one half, then a shift)."""
+    below = np.floor(x)
+    return np.asarray(below + (x - below >= 0.5)).astype(x.dtype, copy=False)
+
+
+ROUNDINGS: Mapping[str, Callable[[Array], Array]] = {
+    "even": round_half_even,
+    "away": round_half_away,
+    "up": round_half_up,
+}
+
+
+def quantize(x: Array, params: QParams, rounding: Rounding = "even") -> IntArray:
     """Codes of `x`, int32, same shape.
 
-    code = clip(round_half_even(x / scale) + zero_point, qmin, qmax)
+    code = clip(round(x / scale) + zero_point, qmin, qmax)
 
-    The division is float32, as ONNX Runtime does it; values beyond the grid saturate.
+    The division is float32, as ONNX Runtime does it; values beyond the grid saturate. `rounding` says where ties go;
+    "affine" is the FakeQuantize of OpenVINO, per tensor, in float32, whose zero point enters before rounding:
+
+    code = clip(round_half_even(x (n / (hi - lo)) + (-lo n) / (hi - lo)) + qmin),  n = qmax - qmin,  [lo, hi] = range
     """
+    if rounding == "affine":
+        factor, shift = affine(params)
+        return saturated(round_half_even(x.astype(np.float32, copy=False) * factor + shift), params.grid)
     scale = along_axis(params.scale, params.axis, x.ndim)
     zero_point = along_axis(params.zero_point, params.axis, x.ndim)
-    steps = round_half_even(x.astype(np.float32, copy=False) / scale)
+    steps = ROUNDINGS[rounding](x.astype(np.float32, copy=False) / scale)
     codes = steps + zero_point.astype(np.float32)  # exact where it matters: larger sums saturate
-    return _saturated(codes, params.grid)
+    return saturated(codes, params.grid)
+
+
+def affine(params: QParams) -> tuple[FloatArray, FloatArray]:
+    """(n / (hi - lo), -lo n / (hi - lo) + qmin) of a grid, float32: what "affine" rounding multiplies and adds."""
+    low, high = params.range
+    steps, span = np.float32(params.grid.qmax - params.grid.qmin), high - low
+    shift = -low * steps / span + np.float32(params.grid.qmin)
+    return np.asarray(steps / span, np.float32), np.asarray(shift, np.float32)
 
 
 def dequantize(codes: Array, params: QParams) -> FloatArray:
@@ -108,19 +145,8 @@ def fake_quantize(x: Array, params: QParams) -> FloatArray:
     return dequantize(quantize(x, params), params)
 
 
-def requantize(acc: Array, multiplier: FloatArray, params: QParams) -> IntArray:
-    """Codes of exact integer accumulators, int32.
-
-    code = clip(round_half_even(float32(acc) * multiplier) + zero_point, qmin, qmax)
-
-    `multiplier` is float32 and broadcasts to `acc`; for a convolution it is `s_in * s_w / s_out`.
-    This is the float32 rule of ONNX Runtime, OpenVINO and XNNPACK.
-    """
-    steps = round_half_even(acc.astype(np.float32) * multiplier)
-    return _saturated(steps + params.zero_point.astype(np.float32), params.grid)
-
-
-def _saturated(codes: Array, grid: Grid) -> IntArray:
+def saturated(codes: Array, grid: Grid) -> IntArray:
+    """`codes` limited to the grid, int32."""
     kind = np.float32 if grid.bits <= 24 else np.float64  # which holds the ends of the grid exactly
     clipped: IntArray = np.clip(codes.astype(kind, copy=False), kind(grid.qmin), kind(grid.qmax)).astype(np.int32)
     return clipped

@@ -15,9 +15,10 @@ class Kind(str, Enum):
     """How an operator takes part in an integer network."""
 
     WEIGHTED = "weighted"  # multiplies by a weight: quantized wherever it stands
-    ADD = "add"  # adds two activations, each on its own grid
+    ARITHMETIC = "arithmetic"  # of two operands, each on its own grid, like the output
     CONCAT = "concat"  # its inputs and output share one grid
     AVERAGE = "average"  # output on a grid of its own
+    FUNCTION = "function"  # of one activation; output on a grid of its own
     SAME_GRID = "same grid"  # only selects or moves codes: output on the input's grid
     CLAMP = "clamp"  # Relu and Clip: fused into the operator before, else on a grid of their own
     FLOAT = "float"  # has no integer form here
@@ -58,12 +59,31 @@ ELEMENTWISE = frozenset(
 
 _KINDS = {
     Kind.WEIGHTED: "Conv ConvTranspose Gemm MatMul",
-    Kind.ADD: "Add",
+    Kind.ARITHMETIC: "Add Div Mul Sub",
     Kind.CONCAT: "Concat",
     Kind.AVERAGE: "AveragePool GlobalAveragePool ReduceMean",
-    Kind.SAME_GRID: "Flatten Identity MaxPool Pad Reshape Slice Squeeze Transpose Unsqueeze",
+    Kind.SAME_GRID: (
+        "DepthToSpace Expand Flatten Gather GatherElements GatherND Identity MaxPool Pad Reshape Resize Slice "
+        "SpaceToDepth Split Squeeze Tile Transpose Unsqueeze"
+    ),
     Kind.CLAMP: "Clip Relu",
+    Kind.FUNCTION: (
+        "Celu Elu Erf Exp Gelu HardSigmoid HardSwish LayerNormalization LeakyRelu Mish PRelu Selu Sigmoid Softmax "
+        "Softplus Softsign Sqrt Tanh ThresholdedRelu"
+    ),
 }
+
+# What onnxqt's own schemes make integer.
+DEFAULT_OPERATORS = frozenset(
+    (
+        *("Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Flatten", "Gemm", "GlobalAveragePool"),
+        *("Identity", "MatMul", "MaxPool", "Pad", "ReduceMean", "Relu", "Reshape", "Slice", "Squeeze", "Transpose"),
+        "Unsqueeze",
+    )
+)
+
+# What every back end runs, as it only selects or moves codes.
+MOVES = frozenset(_KINDS[Kind.SAME_GRID].split()) - {"Resize"}
 
 _GRADIENTS = {
     Gradient.NATIVE: (

@@ -75,15 +75,20 @@ class Session:
         model: the model, or the path of its file.
         optimize: let ONNX Runtime rewrite the graph (fuse QDQ into integer kernels).
         outputs: the outputs to compute; all by default.
+        threads: that one run may use; 0 for one per core.
 
     Raises:
         ModelError: if ONNX Runtime cannot run the model.
     """
 
     def __init__(
-        self, model: onnx.ModelProto | Path, optimize: bool = True, outputs: Sequence[str] | None = None
+        self,
+        model: onnx.ModelProto | Path,
+        optimize: bool = True,
+        outputs: Sequence[str] | None = None,
+        threads: int = 0,
     ) -> None:
-        self._session = _open(model, optimize)
+        self._session = _open(model, optimize, threads)
         self.outputs = list(outputs) if outputs else [value.name for value in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -127,11 +132,12 @@ def executed_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(path)
 
 
-def _open(model: onnx.ModelProto | Path, optimize: bool, **settings: str) -> Any:
+def _open(model: onnx.ModelProto | Path, optimize: bool, threads: int = 0, **settings: str) -> Any:
     """An onnxruntime session; `settings` are further session options."""
     check_installation()
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     # Without it, u8 x s8 products saturate at 16 bits on processors without VNNI.

@@ -12,12 +12,51 @@ because the host exchanges bytes with the device.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from onnxqt.errors import UsageError
 from onnxqt.numerics import Grid
 
 _NAME = re.compile(r"w([2-8])a([48])-(sym|asym)-(pt|pc)")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How codes are laid over a range of reals.
+
+    Attributes:
+        symmetric: the zero point is the middle of the grid, which is 0 for signed codes.
+        power_of_two: the scale is rounded up to a power of two.
+    """
+
+    symmetric: bool
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """The grids of a quantized model; only the ranges are missing to them.
+
+    Attributes:
+        weight: codes of the weights.
+        weight_placement: how they are laid over a weight.
+        per_channel: whether weights have one scale per output channel.
+        search_clip: whether the scale of a weight per tensor is searched; else it follows from the extreme values.
+        activation: codes of the activations inside the network, and of constant operands.
+        io: codes of the model's inputs and outputs.
+        activation_placement: how both are laid over a range.
+        fixed_outputs: (scale, zero point) of operators whose output grid is prescribed.
+    """
+
+    weight: Grid
+    weight_placement: Placement
+    per_channel: bool
+    search_clip: bool
+    activation: Grid
+    io: Grid
+    activation_placement: Placement
+    fixed_outputs: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +88,19 @@ class Scheme:
     def io_grid(self) -> Grid:
         """Codes of the model's inputs and outputs: never under 8 bits."""
         return Grid(max(8, self.activation_bits), signed=self.symmetric)
+
+    @property
+    def grids(self) -> Grids:
+        """All of them, and how they are laid over ranges."""
+        return Grids(
+            weight=self.weight_grid,
+            weight_placement=Placement(symmetric=True),
+            per_channel=self.per_channel,
+            search_clip=True,
+            activation=self.activation_grid,
+            io=self.io_grid,
+            activation_placement=Placement(symmetric=self.symmetric),
+        )
 
 
 def parse_scheme(name: str) -> Scheme:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"errors"},
     {"numerics"},
-    {"schemes"},
+    {"schemes", "profiles", "requantize", "devices"},
     {"runtime", "data", "ops", "metrics", "tensors"},
     {"files", "model"},
     {"opset"},
@@ -22,15 +22,19 @@ ORDER = (
     {"calibrate"},
     {"trim"},
     {"export"},
+    {"compiler"},
     {"emulate"},
     {"verify"},
     {"evaluate"},
     {"report", "survey"},
+    {"cost"},
+    {"matrix"},
     {"pipeline"},
     {"cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-ALONE = {"emulate": {"errors", "numerics", "runtime"}}  # judges files, not the code that wrote them
+# Judges files, not the code that wrote them.
+ALONE = {"emulate": {"errors", "numerics", "requantize", "profiles", "runtime"}}
 
 NOWHERE = frozenset[str]()
 FOREIGN = {

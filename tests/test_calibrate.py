@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,13 +21,14 @@ from onnxqt.calibrate import (
     make_quantizers,
     observe,
     range_params,
+    tensors_of,
     weight_clip,
 )
 from onnxqt.data import InputSpec, Samples, open_samples
-from onnxqt.errors import UnboundedError
+from onnxqt.errors import CalibrationError, UnboundedError
 from onnxqt.numerics import Array, Grid, QParams, fake_quantize
-from onnxqt.plan import QuantPlan, make_plan
-from onnxqt.schemes import parse_scheme
+from onnxqt.plan import ActivationSite, QuantPlan, make_plan
+from onnxqt.schemes import Placement, parse_scheme
 
 INT8, UINT8 = Grid(8, signed=True), Grid(8, signed=False)
 INT4, UINT4 = Grid(4, signed=True), Grid(4, signed=False)
@@ -267,6 +269,69 @@ def test_a_grid_is_laid_over_the_range_and_zero(
     assert params.scale == np.float32(scale)
     assert params.zero_point == zero_point
     assert params.axis is None
+
+
+INT16 = Grid(16, signed=True)
+SYMMETRIC, ASYMMETRIC = Placement(symmetric=True), Placement(symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "grid", "placement", "scale", "zero_point"),
+    [
+        (-1.0, 1.55, INT8, ASYMMETRIC, 0.01, -28),
+        (0.0, 2.55, INT8, ASYMMETRIC, 0.01, -128),
+        (-2.55, -1.0, INT8, ASYMMETRIC, 0.01, 127),
+        (-1.27, 1.27, Grid(8, True, narrow=True), ASYMMETRIC, 0.01, 0),
+        (-0.5, 2.54, UINT8, SYMMETRIC, 0.02, 128),
+        (-3.2767, 1.0, INT16, SYMMETRIC, 1e-4, 0),
+        (-1.0, 2.54, INT8, Placement(True, power_of_two=True), 2.0**-5, 0),
+        (-1.0, 1.0 + 2.0**-20, INT8, Placement(False, power_of_two=True), 2.0**-6, -64),
+        (-1.0, 127 * 2.0**-6, INT8, Placement(True, power_of_two=True), 2.0**-6, 0),
+    ],
+)
+def test_a_placement_says_where_zero_lies(
+    lo: float, hi: float, grid: Grid, placement: Placement, scale: float, zero_point: int
+) -> None:
+    params = range_params(lo, hi, grid, placement)
+    assert params.scale == np.float32(scale)
+    assert params.zero_point == zero_point
+    assert (params.scale.dtype, params.zero_point.dtype) == (np.dtype(np.float32), np.dtype(np.int32))
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_clips_of_signed_asymmetric_codes_are_those_of_unsigned_ones(method: RangeMethod) -> None:
+    seen = observe(np.maximum(heavy_tail(3000), -1))
+    assert clip_range(seen, INT8, method, ASYMMETRIC) == clip_range(seen, UINT8, method)
+    assert clip_range(seen, UINT8, method, ASYMMETRIC) == clip_range(seen, UINT8, method)
+
+
+def test_a_search_knows_that_scales_are_powers_of_two() -> None:
+    """The chosen power of two has an error no larger than its neighbours'."""
+    values, placement = heavy_tail(3000), Placement(True, power_of_two=True)
+    found = float(range_params(*clip_range(observe(values), INT8, "mse", placement), INT8, placement).scale)
+
+    def error(scale: float) -> float:
+        params = QParams(np.asarray(scale, np.float32), np.asarray(0, np.int32), INT8)
+        return float(np.mean((fake_quantize(values, params).astype(np.float64) - values) ** 2))
+
+    assert np.frexp(found)[0] == 0.5
+    assert error(found) <= min(error(found / 2), error(2 * found)) * 1.01  # the histogram stands for the values
+
+
+def test_several_plans_are_calibrated_together() -> None:
+    text = "(float[n,4] x) => (float[] y) { a = Gemm(x, w) b = Relu(a) y = Gemm(b, w) }"
+    model = ingested(build(text, {"w": normal(4, 4)}))
+    plan, x = make_plan(model), normal(8, 4)
+    other = replace(plan, activations=(ActivationSite("a", "a", False), *plan.activations))
+    names = tensors_of([plan, other])
+    assert names == ("x", "b", "y", "a")
+    table = calibrate(model, names, samples_of(x))
+    assert set(table.tensors) == set(names)
+    single = calibrate(model, plan, samples_of(x))
+    for name in ("x", "b", "y"):
+        np.testing.assert_array_equal(table.tensors[name].counts, single.tensors[name].counts)
+    with pytest.raises(CalibrationError, match=r"^the range of 'a' was not recorded: calibrate with every plan"):
+        single.of_group(other, "a")
 
 
 @EACH_GRID

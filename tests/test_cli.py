@@ -1,20 +1,27 @@
 """The command line: what it prints where, and what it writes."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import numpy as np
 import onnx
 import pytest
-from conftest import RUN_SCHEMES, Digits, Run, files, invoke
+from conftest import ROOT, RUN_SCHEMES, Digits, Run, files, invoke
 
 from onnxqt import __version__, numerics
 from onnxqt.cli import main
+from onnxqt.emulate import load_program
+from onnxqt.errors import EmulatorError
+from onnxqt.profiles import PROFILES, read_profile
 from onnxqt.runtime import Session
 
-COMMANDS = ("trim", "inspect", "calibrate", "export", "emulate")
+COMMANDS = ("trim", "inspect", "calibrate", "export", "verify", "profiles", "emulate")
+MATRIX_SCHEMA = json.loads((ROOT / "onnxqt" / "matrix.schema.json").read_text())
 
 
 # --- help -----------------------------------------------------------------------------------------------
@@ -32,8 +39,8 @@ def test_commands() -> None:
 def test_help_has_an_example_and_explains_every_option(command: str, flag: str) -> None:
     result = invoke(command, flag)
     assert result.exit_code == 0
-    assert "Example:" in result.stdout
-    assert f"onnxqt {command} " in result.stdout.split("Example:")[1]
+    _, example = re.split("Examples?:", result.stdout)
+    assert f"onnxqt {command} " in example
     for parameter in main.commands[command].params:
         if isinstance(parameter, click.Option):
             assert parameter.help
@@ -201,6 +208,205 @@ def test_export_for_people(torch_digits: Digits, tmp_path: Path) -> None:
     assert f"wrote {tmp_path / 'schemes'}" in "".join(result.stdout.splitlines())
 
 
+# --- verify ---------------------------------------------------------------------------------------------
+
+
+def few(digits: Digits, folder: Path) -> Path:
+    """A folder with the first labelled samples, so that a back end takes no time."""
+    with np.load(digits.folder / "eval" / "000.npz") as arrays:
+        folder.mkdir()
+        np.savez(folder / "0.npz", **{name: array[:70] for name, array in arrays.items()})
+    return folder
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The rows of the first table by their first words."""
+    table = text.split("\n\n")[0]
+    return {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in table.splitlines() if line.strip()}
+
+
+def test_verify_prints_the_matrix_that_it_writes(short_run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--data", short_run.digits.calib, "--eval", few(short_run.digits, tmp_path / "eval"), "--out", out)
+    options = ("--profile", "ort_cpu", "--profile", "ncnn_sym", "--json")
+    result = invoke("verify", short_run.digits.file, short_run.folder, *arguments, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads(result.stdout)
+    jsonschema.validate(content, MATRIX_SCHEMA)
+    assert files(out) == {"matrix.json"}
+    assert content == json.loads((out / "matrix.json").read_text())
+    assert [model["name"] for model in content["models"]] == ["model.onnx", "checkpoint.onnx"]
+    assert [entry["columns"] for entry in content["profiles"]] == [["w8a8", "w4a8", "w8a8-dyn"], ["w8a8"]]
+    assert {cell["error"] for cell in content["cells"]} == {None}
+    assert content["data"]["evaluation"]["samples"] == 70
+    again = invoke("verify", short_run.digits.file, short_run.folder / "checkpoint.onnx", *arguments, *options)
+    assert again.stdout == result.stdout
+
+
+def test_verify_for_people(short_run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--data", short_run.digits.calib, "--eval", few(short_run.digits, tmp_path / "eval"), "--out", out)
+    options = ("--profile", "ncnn_sym", "--profile", "htp")
+    result = invoke("verify", short_run.digits.file, short_run.folder, *arguments, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads((out / "matrix.json").read_text())
+    top1 = {
+        (cell["model"], cell["profile"], cell["column"]): f"{100 * cell['result']['metrics']['top1']:.2f}"
+        for cell in content["cells"]
+    }
+    names = ("model.onnx", "checkpoint.onnx")
+    rows = rows_of(result.stdout)
+    assert rows["profile"] == ["profile", "evidence", "w8a8", "w4a8"]
+    for name, evidence, columns in (("ncnn_sym", "validated", ["w8a8"]), ("htp", "modelled", ["w8a8", "w4a8"])):
+        cells = [" -> ".join(top1[model, name, column] for model in names) for column in columns]
+        assert rows[name] == [name, evidence, *cells, *["-"] * (2 - len(columns))]
+    page = " ".join(result.stdout.split())
+    assert "model.onnx -> checkpoint.onnx: top-1 %; float" in page
+    for entry in content["summary"]:
+        assert (
+            f"{entry['model']}: mean gap to the original float model {100 * entry['mean_gap']:.2f} points, "
+            f"spread {100 * entry['spread']:.2f} points, over 3 back ends and precisions"
+        ) in page
+    floats = page.split("what stays float")[1]
+    assert "/3/Add, /8/Add" in floats
+    assert str(out / "matrix.json") in "".join(result.stdout.splitlines())
+
+
+def test_verify_of_one_model_without_labels(
+    torch_digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--precision", "w4a8", "--precision", "w8a8", "--profile", "ort_cpu", "--profile", "ncnn_sym")
+    result = invoke("verify", torch_digits.file, "--data", torch_digits.calib, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "model-onnxqt" / "matrix.json").read_text())
+    rows = rows_of(result.stdout)
+    shares = [f"{100 * cell['result']['metrics']['agreement']:.2f}" for cell in content["cells"]]
+    assert rows["profile"][2:] == ["w4a8", "w8a8"]
+    assert rows["ort_cpu"][2:] == shares[:2]
+    assert rows["ncnn_sym"][2:] == ["-", shares[2]]
+    assert "agreement with the original, %; float 100.00" in result.stdout
+
+
+def test_verify_takes_profiles_from_files_and_schemes(torch_digits: Digits, tmp_path: Path) -> None:
+    profile = tmp_path / "npu.toml"
+    profile.write_text('base = "ncnn_sym"\n[arithmetic.accumulator]\nbits = 16\n')
+    arguments = ("--data", torch_digits.calib, "--out", tmp_path / "out", "--profile", profile)
+    result = invoke("verify", torch_digits.file, *arguments, "--scheme", "w8a8-sym-pc", "--json")
+    (cell,) = json.loads(result.stdout)["cells"]
+    assert (cell["profile"], cell["column"]) == ("npu", "w8a8-sym-pc")
+    assert cell["result"]["overflows"]
+    page = invoke("verify", torch_digits.file, *arguments, "--scheme", "w8a8-sym-pc").stdout
+    assert "accumulators that did not fit" in page
+    assert all(f"{count:,}" in page for count in cell["result"]["overflows"].values())
+
+
+def test_verify_shows_what_failed(torch_digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Any, arithmetic: Any) -> Any:
+        if arithmetic == PROFILES["ncnn_sym"].arithmetic:
+            raise EmulatorError("node 'x' (Conv) failed: on purpose")
+        return load_program(model, arithmetic)
+
+    monkeypatch.setattr("onnxqt.matrix.load_program", fail)
+    arguments = ("--data", torch_digits.calib, "--out", tmp_path, "--precision", "w8a8", "--profile", "ncnn_sym")
+    result = invoke("verify", torch_digits.file, *arguments, "--profile", "ort_cpu")
+    assert result.exit_code == 0
+    assert rows_of(result.stdout)["ncnn_sym"][2:] == ["failed"]
+    assert "node 'x' (Conv) failed: on purpose" in " ".join(result.stdout.split())
+    assert invoke("verify", torch_digits.file, *arguments).exit_code == 1
+
+
+# --- profiles -------------------------------------------------------------------------------------------
+
+
+def test_profiles_lists_every_profile() -> None:
+    result = invoke("profiles")
+    assert (result.exit_code, result.stderr) == (0, "")
+    page = " ".join(result.stdout.split())
+    assert all(f"{name} {profile.evidence} " in page for name, profile in PROFILES.items())
+    content = json.loads(invoke("profiles", "--json").stdout)
+    assert [entry["name"] for entry in content] == list(PROFILES)
+    assert all(entry["policy"]["precisions"] for entry in content)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_is_printed_as_the_file_that_makes_it(name: str, tmp_path: Path) -> None:
+    result = invoke("profiles", name)
+    assert result.exit_code == 0
+    assert PROFILES[name].evidence in result.stdout.splitlines()[0]
+    file = tmp_path / "x.toml"
+    file.write_text(result.stdout, "utf-8")
+    assert read_profile(file) == replace(PROFILES[name], evidence="modelled")
+    again = invoke("profiles", file).stdout
+    assert again.splitlines()[1:] == result.stdout.splitlines()[1:]
+
+
+# --- emulate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ort_cpu", "tflite_ref", "dpu_pow2"])
+def test_emulate_computes_as_the_profile_does(name: str, short_run: Run) -> None:
+    file = short_run.scheme_file("w8a8-sym-pc")
+    arguments = ("--data", short_run.evaluation, "--reference", short_run.digits.file, "--profile", name, "--json")
+    result = invoke("emulate", file, *arguments)
+    if name == "dpu_pow2":  # the scales of the file are no powers of two
+        assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads(result.stdout)
+    program = load_program(file, PROFILES[name].arithmetic)
+    assert content["profile"] == name
+    assert content["integer_nodes"] == len(program.integer_nodes)
+    assert [node["reason"] for node in content["float_nodes"]] == [reason for _, _, reason in program.float_nodes]
+    with np.load(short_run.evaluation / "000.npz") as first, np.load(short_run.evaluation / "001.npz") as second:
+        image, labels = (np.concatenate([first[key], second[key]]) for key in ("image", "labels"))
+    # Float nodes, where there are any, may depend on the size of the batch.
+    choice = np.concatenate([program.run({"image": part})["logits"] for part in np.split(image, range(64, 597, 64))])
+    assert content["outputs"]["logits"]["metrics"] == {"top1": np.mean(choice.argmax(axis=1) == labels)}
+    assert 0 < content["outputs"]["logits"]["brier"] < 0.1
+    assert content["overflows"] == {}
+
+
+def test_dump_needs_no_samples_and_shows_every_node(short_run: Run) -> None:
+    file = short_run.scheme_file("w8a8-sym-pc")
+    result = invoke("emulate", file, "--dump", "--profile", "tflite_ref")
+    assert (result.exit_code, result.stderr) == (0, "")
+    program = load_program(file, PROFILES["tflite_ref"].arithmetic)
+    first, *paragraphs = result.stdout.rstrip("\n").split("\n\n")
+    title = "TensorFlow Lite, reference kernels (validated)"
+    assert first == f"{len(program.integer_nodes)} nodes on integers, 0 in float: {title}"
+    assert len(paragraphs) == len(program.steps)
+    for step, paragraph in zip(program.steps, paragraphs, strict=True):
+        assert paragraph.startswith(f"{step.info.name}: {step.info.op_type}, {step.info.kind}\n")
+        if step.info.op_type == "Conv":
+            assert step.detail is not None
+            how = step.detail.requantization
+            assert how is not None
+            assert how.mantissa is not None
+            assert how.exponent is not None
+            assert "    rule        gemmlowp_double\n" in paragraph
+            assert f"mantissa {how.mantissa.min()} to {how.mantissa.max()} ({how.mantissa.size} channels)" in paragraph
+            assert f"exponent {how.exponent.min()} to {how.exponent.max()}" in paragraph
+            assert f"accumulator int32 wrap, at most {step.info.bound:,} here\n" in paragraph
+            assert re.search(r"input       int8, scale [\d.e-]+, zero point 0  ", paragraph)
+            assert re.search(r"weights     int8, scale [\d.e-]+ to [\d.e-]+ \(\d+ channels\)", paragraph)
+
+
+def test_dump_says_why_a_node_is_float(short_run: Run) -> None:
+    result = invoke("emulate", short_run.scheme_file("w8a8-sym-pc"), "--dump", "--profile", "dpu_pow2")
+    assert "scales are not powers of two" in result.stdout
+    assert re.search(r": Conv, float\n", result.stdout)
+
+
+def test_dump_for_machines_holds_everything(short_run: Run) -> None:
+    file = short_run.scheme_file("w8a8-sym-pc")
+    content = json.loads(invoke("emulate", file, "--dump", "--profile", "tflite_ref", "--json").stdout)
+    listing, arrays = load_program(file, PROFILES["tflite_ref"].arithmetic).listing()
+    found = content["program"].pop("arrays")
+    assert content["program"] == json.loads(json.dumps(listing))
+    assert found == {name: array.tolist() for name, array in arrays.items()}
+    assert any(name.startswith("weights:") for name in found)
+    assert "outputs" not in content
+
+
 @pytest.mark.parametrize("name", RUN_SCHEMES)
 def test_emulate_repeats_the_figures_of_the_report(name: str, short_run: Run) -> None:
     arguments = ("--data", short_run.evaluation, "--reference", short_run.digits.file)
@@ -248,12 +454,11 @@ def test_interrupt_is_one_line(torch_digits: Digits, tmp_path: Path, monkeypatch
 def test_contradiction_ends_with_3_and_writes_no_file(
     torch_digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = numerics.requantize
+    def wrong(codes: Any, grid: Any) -> Any:
+        return right(codes + 1, grid)
 
-    def wrong(acc: Any, multiplier: Any, params: Any) -> Any:
-        return np.clip(right(acc, multiplier, params) + 1, params.grid.qmin, params.grid.qmax)
-
-    monkeypatch.setattr(numerics, "requantize", wrong)
+    right = numerics.saturated
+    monkeypatch.setattr(numerics, "saturated", wrong)
     result = invoke("export", torch_digits.file, "--data", torch_digits.calib, "--out", tmp_path)
     assert result.exit_code == 3
     assert result.stderr.startswith("Error: 'w8a8-sym-pc': the emulator and ONNX Runtime disagree on tensor ")

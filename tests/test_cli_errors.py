@@ -212,9 +212,14 @@ def test_bad_option_ends_with_2(name: str, torch_digits: Digits, tmp_path: Path)
         (["trim", "model.onnx", "--data", "calib", "--steps", "many"], "'many' is not a valid integer"),
         (["export", "model.onnx", "--data", "calib", "--ranges", "best"], "'best' is not one of 'minmax'"),
         (["inspect"], "Missing argument 'MODEL'"),
+        (["verify", "--data", "calib"], "Missing argument 'MODEL..."),
+        (["verify", "model.onnx"], "Missing option '--data'"),
         (["quantize"], "No such command 'quantize'"),
     ],
-    ids=["no-data", "unknown-option", "not-a-number", "unknown-choice", "no-model", "unknown-command"],
+    ids=[
+        *("no-data", "unknown-option", "not-a-number", "unknown-choice", "no-model"),
+        *("no-model-to-verify", "no-data-to-verify", "unknown-command"),
+    ],
 )
 def test_usage_error_ends_with_2(arguments: list[object], message: str) -> None:
     result = invoke(*arguments)
@@ -258,3 +263,100 @@ def renamed_output(run: Run, folder: Path) -> Path:
 def test_emulate_fails_with_one_line(name: str, short_run: Run, tmp_path: Path) -> None:
     prepare, message = EMULATE_FAILURES[name]
     check_failure(invoke("emulate", *prepare(short_run, tmp_path)), 1, message, tmp_path / "out")
+
+
+EMULATE_USAGE: dict[str, tuple[Arguments, str]] = {
+    "nothing-to-do": ([], "nothing to do: give samples with --data, or print the program with --dump"),
+    "unknown-profile": (["--dump", "--profile", "tpu"], "unknown profile 'tpu': give a TOML file or one of tflite_ref"),
+    "no-profile-file": (["--dump", "--profile", "no.toml"], r"cannot read the profile 'no\.toml' \(No such file"),
+}
+
+
+@pytest.mark.parametrize("name", EMULATE_USAGE)
+def test_emulate_used_wrongly_ends_with_2(name: str, short_run: Run, tmp_path: Path) -> None:
+    options, message = EMULATE_USAGE[name]
+    check_failure(invoke("emulate", short_run.scheme_file("w8a8-sym-pc"), *options), 2, message, tmp_path / "out")
+
+
+def test_emulate_checks_the_labels(short_run: Run, tmp_path: Path) -> None:
+    image = short_run.digits.inputs["image"][:4]
+    np.savez(tmp_path / "0.npz", image=image, labels=np.array([0, 1, 10, 3]))
+    result = invoke("emulate", short_run.scheme_file("w8a8-sym-pc"), "--data", tmp_path)
+    check_failure(result, 1, r"0\.npz.*label of sample 2 .*is 10.*10 classes", tmp_path / "out")
+
+
+def profile_file(place: Place, text: str, name: str = "npu.toml") -> Path:
+    path = place.folder / name
+    path.write_text(text)
+    return path
+
+
+def other_network(place: Place) -> Path:
+    text = "(float[n,1,8,8] image) => (float[] y) { y = Conv(image, w) }"
+    return save(build(text, {"w": normal(4, 1, 3, 3)}), place.folder, "other.onnx")
+
+
+VERIFY_FAILURES: dict[str, tuple[Callable[[Place], Arguments], int, str]] = {
+    "no-model": (lambda place: [place.folder / "no.onnx"], 1, r"no\.onnx' is not a file: give"),
+    "no-second-model": (lambda place: [place.digits.file, place.folder / "no.onnx"], 1, r"no\.onnx' is not a file"),
+    "folder-without-checkpoint": (lambda place: [place.digits.file, place.folder], 1, "is not a file: give"),
+    "quantized-model": (lambda place: [quantized(place)], 1, r"broken\.onnx.*quantized"),
+    "same-model-twice": (lambda place: [place.digits.file, place.digits.file], 2, "a MODEL is given twice: give the"),
+    "other-network": (
+        lambda place: [place.digits.file, other_network(place)],
+        1,
+        r"'other\.onnx' has no output 'logits', which 'model\.onnx' has: give models of the same network",
+    ),
+    "no-data": (lambda place: [place.digits.file, "--data", place.folder / "no"], 1, "no does not exist; pass"),
+    "unknown-profile": (
+        lambda place: [place.digits.file, "--profile", "tpu"],
+        2,
+        "unknown profile 'tpu': give a TOML file or one of tflite_ref, tflite_ruy, ",
+    ),
+    "profile-file-broken": (
+        lambda place: [place.digits.file, "--profile", profile_file(place, "[arithmetic]\nadd = 3")],
+        2,
+        r"npu\.toml': arithmetic\.add is 3: expected one of 'ort'",
+    ),
+    "profiles-of-one-name": (
+        lambda place: [
+            *(place.digits.file, "--profile", "ncnn_sym"),
+            *("--profile", profile_file(place, 'base = "ort_cpu"', "ncnn_sym.toml")),
+        ],
+        2,
+        "another one is called 'ncnn_sym' too: change 'name' in the file",
+    ),
+    "unknown-precision": (
+        lambda place: [place.digits.file, "--precision", "int8"],
+        2,
+        "unknown precision 'int8': expected w",
+    ),
+    "precision-that-no-profile-has": (
+        lambda place: [place.digits.file, "--precision", "w2a4", "--profile", "htp"],
+        2,
+        "no profile has the precision w2a4: see 'onnxqt profiles'",
+    ),
+    "unknown-scheme": (lambda place: [place.digits.file, "--scheme", "w8a8"], 2, "unknown scheme 'w8a8': expected w"),
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_FAILURES)
+def test_verify_fails_with_one_line(name: str, torch_digits: Digits, tmp_path: Path) -> None:
+    place = Place(torch_digits, tmp_path / "in")
+    place.folder.mkdir()
+    prepare, exit_code, message = VERIFY_FAILURES[name]
+    arguments = prepare(place)
+    data = [] if "--data" in arguments else ["--data", torch_digits.calib]
+    out = tmp_path / "out"
+    check_failure(invoke("verify", *arguments, *data, "--out", out), exit_code, message, out)
+    assert not out.exists()
+
+
+def test_verify_below_a_file_cannot_write(torch_digits: Digits, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    result = invoke("verify", torch_digits.file, "--data", torch_digits.calib, "--out", tmp_path / "file" / "run")
+    check_failure(result, 1, r"cannot write into .*file.run' \(.*\): choose another --out", tmp_path / "run")
+
+
+def test_unknown_profile_to_show(tmp_path: Path) -> None:
+    check_failure(invoke("profiles", "tpu"), 2, "unknown profile 'tpu': give a TOML file or one of", tmp_path / "out")

@@ -11,10 +11,15 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from onnxqt import numerics
-from onnxqt.emulate import kernels
-from onnxqt.emulate.kernels import Product, Window
+from onnxqt import numerics, requantize
+from onnxqt.emulate.graph import open_graph
+from onnxqt.emulate.kernels import add, moves, pooling, products
+from onnxqt.emulate.kernels.products import Product
+from onnxqt.emulate.kernels.windows import Window
+from onnxqt.emulate.nodes.elementwise import regrid
 from onnxqt.numerics import Array, Grid, IntArray, QParams
+from onnxqt.profiles import Arithmetic
+from onnxqt.requantize import requantization
 
 U8, S8 = Grid(8, signed=False), Grid(8, signed=True)
 X86 = pytest.mark.skipif(
@@ -88,7 +93,7 @@ def test_conv_is_conv_integer(size: tuple[int, ...], window: Window, channels: i
     feeds = {"x": stored(x, U8), "w": stored(w + 128, U8), "zx": np.uint8(77), "zw": np.uint8(128)}
     expected = ort_node("ConvInteger", feeds, group=group, **onnx_window(window))
     for dtype in (np.int64, np.float64):
-        np.testing.assert_array_equal(kernels.conv(x - 77, w, window, group, dtype), expected)
+        np.testing.assert_array_equal(products.conv(x - 77, w, window, group, dtype), expected)
 
 
 @pytest.mark.parametrize(("channels", "out", "group"), [(4, 6, 1), (4, 6, 2), (5, 5, 5)])
@@ -115,7 +120,7 @@ def test_conv_transpose_is_onnx_runtime_on_integers(
         **onnx_window(window),
     )
     for dtype in (np.int64, np.float64):
-        np.testing.assert_array_equal(kernels.conv_transpose(x, w, window, extra, group, dtype), expected)
+        np.testing.assert_array_equal(products.conv_transpose(x, w, window, extra, group, dtype), expected)
 
 
 @pytest.mark.parametrize("bound_is", ["float32", "float64", "int64"])
@@ -125,21 +130,21 @@ def test_matmul_is_exact_in_each_type(bound_is: str) -> None:
     a = rng.integers(-top, top + 1, (2, 3, 7))
     b = rng.integers(-top, top + 1, (2, 7, 5))
     expected = a.astype(object) @ b.astype(object)
-    np.testing.assert_array_equal(kernels.matmul(a, b, 7 * top * top), expected)
+    np.testing.assert_array_equal(products.matmul(a, b, 7 * top * top), expected)
 
 
 def test_float32_is_allowed_up_to_24_bits_and_no_further() -> None:
     for total, parts in ((1 << 16, 1), ((1 << 16) + 1, 2)):
         weights = np.array([[total - 65000, 65000], [1, -2]], np.int32)
-        assert len(kernels.exact_parts(weights, 0, 256)) == parts
-    assert kernels.exact_parts(np.full((1, 200_000), 127, np.int32), 0, 255) == ()
+        assert len(products.exact_parts(weights, 0, 256)) == parts
+    assert products.exact_parts(np.full((1, 200_000), 127, np.int32), 0, 255) == ()
 
 
 def test_parts_add_up_and_stay_within_24_bits() -> None:
     rng = np.random.default_rng(3)
     weights = rng.integers(-255, 256, (3, 900)).astype(np.int32)
     weights[0] = np.arange(900) % 511 - 255
-    parts = kernels.exact_parts(weights, 0, 255)
+    parts = products.exact_parts(weights, 0, 255)
     assert [factor for factor, _ in parts] == [16, 1]
     np.testing.assert_array_equal(sum(factor * part for factor, part in parts), weights)
     for _, part in parts:
@@ -148,16 +153,16 @@ def test_parts_add_up_and_stay_within_24_bits() -> None:
 
 def test_channels_of_a_bound_follow_the_axis() -> None:
     weights = np.array([[[1, -2], [3, 4]], [[-5, 6], [7, 8]]], np.int32)
-    np.testing.assert_array_equal(kernels.channel_sums(weights, 0), [10, 26])
-    np.testing.assert_array_equal(kernels.channel_sums(weights, 1), [14, 22])
-    np.testing.assert_array_equal(kernels.channel_sums(weights, -1), [16, 20])
+    np.testing.assert_array_equal(products.channel_sums(weights, 0), [10, 26])
+    np.testing.assert_array_equal(products.channel_sums(weights, 1), [14, 22])
+    np.testing.assert_array_equal(products.channel_sums(weights, -1), [16, 20])
     bias = np.array([100, -1], np.int32)
-    assert kernels.accumulator_bound(np.array([10, 26]), 3, bias) == 130
+    assert products.accumulator_bound(np.array([10, 26]), 3, bias) == 130
 
 
 @pytest.mark.parametrize(("zero_point", "grid", "expected"), [(0, U8, 255), (200, U8, 200), (-3, S8, 130)])
 def test_reach_is_the_longer_side_of_the_grid(zero_point: int, grid: Grid, expected: int) -> None:
-    assert kernels.reach(qparams(0.1, zero_point, grid)) == expected
+    assert products.reach(qparams(0.1, zero_point, grid)) == expected
 
 
 @pytest.mark.parametrize("taps", [40, 2_000, 200_000])
@@ -177,19 +182,36 @@ def test_every_accumulator_is_the_definition(taps: int) -> None:
         float32,
         lambda v, dtype: v.astype(dtype) @ weights.astype(dtype),
     )
-    bound = kernels.accumulator_bound(kernels.channel_sums(weights, 1), 255, None)
+    bound = products.accumulator_bound(products.channel_sums(weights, 1), 255, None)
     expected = x.astype(np.int64) @ weights.astype(np.int64)
     names = []
     for reference in (False, True):
-        accumulate, name = kernels.accumulator(product, 255, bound, reference)
+        accumulate, name = products.accumulator(product, 255, bound, reference)
         names.append(name)
         np.testing.assert_array_equal(accumulate(x), expected)
-    assert names == [{40: "float32", 2_000: "float32 by nibbles", 200_000: "float64"}[taps], "int64"]
+    assert names == [{40: "float32", 2_000: "float32 by nibbles", 200_000: "float64"}[taps], "float64"]
+
+
+def test_beyond_53_bits_the_definition_accumulates_in_int64() -> None:
+    weights = np.full((3, 1), (1 << 30) + 1, np.int32)
+    product = Product(
+        weights,
+        np.array(1, np.float32),
+        1,
+        -1,
+        lambda part: lambda x: x @ part,
+        lambda v, dtype: v.astype(dtype) @ weights.astype(dtype),
+    )
+    x = np.full((1, 3), (1 << 30) + 1, np.int32)
+    for bound, exact, name in (((1 << 53) + 1, True, "int64"), (1 << 53, False, "float64")):
+        accumulate, implementation = products.accumulator(product, 255, bound, reference=True)
+        assert implementation == name
+        assert (int(accumulate(x)[0, 0]) == 3 * ((1 << 30) + 1) ** 2) is exact  # float64 drops the last bits
 
 
 def test_wrapping_is_twos_complement_and_counted() -> None:
     acc = np.array([0, (1 << 31) - 1, 1 << 31, -(1 << 31), -(1 << 31) - 1, 5 << 32], np.int64)
-    wrapped, count = kernels.wrap_int32(acc)
+    wrapped, count = products.wrap_int32(acc)
     np.testing.assert_array_equal(wrapped, [0, (1 << 31) - 1, -(1 << 31), -(1 << 31), (1 << 31) - 1, 0])
     assert count == 3
 
@@ -198,7 +220,7 @@ def test_multiplier_rounds_to_float32_at_each_step() -> None:
     rng = np.random.default_rng(5)
     s_in, s_out = (np.array(rng.uniform(0.01, 0.1), np.float32) for _ in "io")
     s_w = rng.uniform(0.001, 0.01, 1000).astype(np.float32)
-    got = kernels.multiplier(s_in, s_w, s_out)
+    got = requantization("float32_even", s_in, s_w, qparams(float(s_out), 0)).multiplier
     assert got.dtype == np.float32
     product = (s_in.astype(np.float64) * s_w).astype(np.float32)  # exact in float64, then one rounding
     expected = [np.float32(Fraction(float(p)) / Fraction(float(s_out))) for p in product]
@@ -209,9 +231,9 @@ def test_multiplier_rounds_to_float32_at_each_step() -> None:
 def test_blocks_change_nothing() -> None:
     rng = np.random.default_rng(6)
     a, b = (random_codes(rng, (5, 3, 100, 101)) for _ in "ab")
-    np.testing.assert_array_equal(kernels.in_blocks(np.subtract, a, b), a - b)
-    np.testing.assert_array_equal(kernels.in_blocks(np.subtract, a, b[:1]), a - b[:1])
-    np.testing.assert_array_equal(kernels.in_blocks(np.negative, a[0, 0, 0]), -a[0, 0, 0])
+    np.testing.assert_array_equal(products.in_blocks(np.subtract, a, b), a - b)
+    np.testing.assert_array_equal(products.in_blocks(np.subtract, a, b[:1]), a - b[:1])
+    np.testing.assert_array_equal(products.in_blocks(np.negative, a[0, 0, 0]), -a[0, 0, 0])
 
 
 @GRIDS
@@ -221,8 +243,15 @@ def test_transfer_is_dequantize_then_quantize(grid: Grid, s_in: float, s_other: 
     every = np.arange(grid.qmin, grid.qmax + 1, dtype=np.int32)
     real = ort_node("DequantizeLinear", {"c": stored(every, grid), "s": source.scale, "z": stored(13, grid)})
     expected = ort_node("QuantizeLinear", {"r": real, "s": target.scale, "z": stored(57, grid)})
-    np.testing.assert_array_equal(kernels.transfer(every, source, target), expected)
-    assert kernels.transfer(every, source, source) is every
+    graph = open_graph(onnx.ModelProto(), Arithmetic(), reference=True)
+    move, table = regrid(graph, source, target)
+    moved = move(stored(every, grid))
+    assert moved.dtype == stored(every, grid).dtype
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(table, expected)
+    same, none = regrid(graph, source, source)
+    assert same(every) is every
+    assert none is None
 
 
 @X86
@@ -232,16 +261,18 @@ def test_transfer_is_dequantize_then_quantize(grid: Grid, s_in: float, s_other: 
 def test_add_is_qlinear_add_on_every_pair(
     grid: Grid, s_in: float, s_other: float, s_out: float, zeros: tuple[int, int, int]
 ) -> None:
+    """Signed codes as ONNX Runtime runs them on x86: as unsigned ones, 128 higher (QDQS8ToU8Transformer)."""
     pa, pb, pc = (qparams(s, z, grid) for s, z in zip((s_in, s_other, s_out), zeros, strict=True))
     every = np.arange(grid.qmin, grid.qmax + 1, dtype=np.int32)
     a, b = np.meshgrid(every, every, indexing="ij")
+    raised = 128 if grid.signed else 0
     feeds: dict[str, Array] = {}
     for name, codes, params in (("a", a, pa), ("b", b, pb)):
-        feeds |= {name: stored(codes, grid), f"s{name}": params.scale}
-        feeds |= {f"z{name}": stored(params.zero_point, grid)}
-    feeds |= {"sc": pc.scale, "zc": stored(pc.zero_point, grid)}
-    expected = ort_node("QLinearAdd", feeds, "com.microsoft")
-    np.testing.assert_array_equal(kernels.add(a, b, (pa, pb), pc), expected)
+        feeds |= {name: stored(codes + raised, U8), f"s{name}": params.scale}
+        feeds |= {f"z{name}": stored(params.zero_point + raised, U8)}
+    feeds |= {"sc": pc.scale, "zc": stored(pc.zero_point + raised, U8)}
+    expected = ort_node("QLinearAdd", feeds, "com.microsoft").astype(np.int32) - raised
+    np.testing.assert_array_equal(add.add(a, b, (pa, pb), pc), expected)
 
 
 @X86
@@ -256,16 +287,16 @@ def test_add_keeps_the_order_of_a_broadcast_sum() -> None:
         feeds |= {"b": stored(b, U8), "sb": pb.scale, "zb": stored(pb.zero_point, U8)}
         feeds |= {"sc": pc.scale, "zc": stored(pc.zero_point, U8)}
         expected = ort_node("QLinearAdd", feeds, "com.microsoft")
-        np.testing.assert_array_equal(kernels.add(a, b, (pa, pb), pc), expected)
+        np.testing.assert_array_equal(add.add(a, b, (pa, pb), pc), expected)
 
 
 @pytest.mark.parametrize("ratios", [(1.3, 0.7), (1e-5, 0.9), (250.0, 0.002), (1.0, 2.0**-17)])
 def test_fma_in_float64_is_exact_before_its_one_rounding(ratios: tuple[float, float]) -> None:
     r_a, r_b = (np.array(r, np.float32) for r in ratios)
     rng = np.random.default_rng(7)
-    fixed: Any = np.float32(57) - kernels._fma(np.array(13), r_a, np.array(r_b * np.float32(101)))
+    fixed: Any = np.float32(57) - add._fma(np.array(13), r_a, np.array(r_b * np.float32(101)))
     for a, b in rng.integers(-128, 256, (200, 2)):
-        inner = kernels._fma(b, r_b, fixed)
+        inner = add._fma(b, r_b, fixed)
         for code, ratio, term in ((b, r_b, fixed), (a, r_a, inner)):
             in_float64 = np.float64(code) * np.float64(ratio) + np.float64(term)
             exact = Fraction(int(code)) * Fraction(float(ratio)) + Fraction(float(term))
@@ -277,7 +308,7 @@ def test_fma_in_float64_is_exact_before_its_one_rounding(ratios: tuple[float, fl
 def test_max_pool_is_onnx_runtime(size: tuple[int, ...], window: Window, grid: Grid) -> None:
     x = random_codes(np.random.default_rng(8), (2, 3, *size), grid)
     expected = ort_node("MaxPool", {"x": stored(x, grid)}, **onnx_window(window))
-    np.testing.assert_array_equal(kernels.max_pool(x, window, grid.qmin), expected)
+    np.testing.assert_array_equal(pooling.max_pool(x, window, grid.qmin), expected)
 
 
 @GRIDS
@@ -302,14 +333,16 @@ def test_average_pool_is_qlinear_average_pool(
     feeds = {"x": stored(x, grid), "sx": source.scale, "zx": stored(13, grid)}
     feeds |= {"sy": target.scale, "zy": stored(57, grid)}
     expected = ort_node("QLinearAveragePool", feeds, "com.microsoft", **attributes)
-    np.testing.assert_array_equal(kernels.average_pool(x, window, include, source, target), expected)
+    np.testing.assert_array_equal(pooling.average_pool(x, window, include, (source, target), Arithmetic()), expected)
 
 
 def test_a_window_without_elements_gives_zero() -> None:
     window = Window((2,), (3,), (1,), (1, 1), "NOTSET", ceil_mode=True)  # the last window starts at 5
     x = np.full((1, 1, 5), 50, np.int32)
     params = qparams(0.1, 7)
-    np.testing.assert_array_equal(kernels.average_pool(x, window, False, params, params), [[[50, 50, 7]]])
+    np.testing.assert_array_equal(
+        pooling.average_pool(x, window, False, (params, params), Arithmetic()), [[[50, 50, 7]]]
+    )
     expected = ort_node(
         "AveragePool", {"x": x.astype(np.float32)}, kernel_shape=[2], strides=[3], pads=[1, 1], ceil_mode=1
     )
@@ -325,8 +358,10 @@ def test_mean_is_qlinear_global_average_pool(grid: Grid, s_in: float, s_other: f
     feeds = {"x": stored(x, grid), "sx": source.scale, "zx": stored(13, grid)}
     feeds |= {"sy": target.scale, "zy": stored(57, grid)}
     expected = ort_node("QLinearGlobalAveragePool", feeds, "com.microsoft", channels_last=0)
-    np.testing.assert_array_equal(kernels.mean(x, (2, 3), True, (source, target)), expected)
-    np.testing.assert_array_equal(kernels.mean(x, (-1, -2), False, (source, target)), expected[:, :, 0, 0])
+    np.testing.assert_array_equal(pooling.mean(x, (2, 3), True, (source, target), Arithmetic()), expected)
+    np.testing.assert_array_equal(
+        pooling.mean(x, (-1, -2), False, (source, target), Arithmetic()), expected[:, :, 0, 0]
+    )
 
 
 @pytest.mark.parametrize("axes", [None, (2, -3)])
@@ -337,7 +372,7 @@ def test_pad_is_onnx_runtime(mode: str, axes: tuple[int, ...] | None) -> None:
     along = None if axes is None else np.array(axes)
     feeds: dict[str, Any] = {"x": x, "pads": pads, "value": np.int32(7)}
     expected = ort_node("Pad", feeds | ({} if along is None else {"axes": along}), opset=18, mode=mode)
-    np.testing.assert_array_equal(kernels.pad(x, pads, along, mode, 7), expected)
+    np.testing.assert_array_equal(moves.pad(x, pads, along, mode, 7), expected)
 
 
 def test_slice_is_onnx_runtime() -> None:
@@ -350,18 +385,19 @@ def test_slice_is_onnx_runtime() -> None:
         steps, axes = rng.choice([-3, -2, -1, 1, 2, 3], 2), rng.permutation([0, -1])
         ends[(steps < 0) & (ends == limit.max)] = 9  # there ONNX Runtime stops at the front, against ONNX
         expected = ort_node("Slice", {"x": x, "s": starts, "e": ends, "a": axes, "t": steps})
-        np.testing.assert_array_equal(kernels.slice_along(x, starts, ends, axes, steps), expected)
+        np.testing.assert_array_equal(moves.slice_along(x, starts, ends, axes, steps), expected)
 
 
 @pytest.mark.parametrize(("shape", "allow_zero"), [([0, -1], False), ([-1, 2, 6], False), ([2, 12], True)])
 def test_reshape_is_onnx_runtime(shape: list[int], allow_zero: bool) -> None:
     x = np.arange(24, dtype=np.int32).reshape(2, 3, 4)
     expected = ort_node("Reshape", {"x": x, "shape": np.array(shape)}, allowzero=int(allow_zero))
-    np.testing.assert_array_equal(kernels.reshape(x, np.array(shape), allow_zero), expected)
+    np.testing.assert_array_equal(moves.reshape(x, np.array(shape), allow_zero), expected)
 
 
 def test_a_kernel_off_by_one_lsb_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "round_half_even", lambda x: np.rint(x) + 1)
+    monkeypatch.setattr(requantize, "round_half_even", lambda x: np.rint(x) + 1)
     with pytest.raises(AssertionError):
         test_average_pool_is_qlinear_average_pool(
             Window((2, 2), (2, 2), (1, 1), (0, 0, 0, 0)), False, U8, 0.0213, 0.0371, 0.0457

@@ -1,22 +1,28 @@
 """Every rounding rule against its definition in exact rational arithmetic."""
 
+import math
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import build, run
 
 from onnxqt.numerics import (
+    ROUNDINGS,
     Array,
     Grid,
     QParams,
+    Rounding,
     along_axis,
     dequantize,
     fake_quantize,
     quantize,
-    requantize,
     round_half_even,
+    saturated,
 )
+from onnxqt.requantize import Requantization, requantize
 
 GRIDS = {
     "int8": Grid(8, signed=True),
@@ -66,6 +72,63 @@ def test_ends_of_a_grid(name: str, qmin: int, qmax: int) -> None:
 def test_ties_round_to_even() -> None:
     x = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.49, -2.51], np.float32)
     np.testing.assert_array_equal(round_half_even(x), [-2, -2, 0, 0, 2, 2, 2, -3])
+
+
+EXACT: Mapping[Rounding, Callable[[Fraction], int]] = {
+    "even": round,
+    "away": lambda x: math.floor(abs(x) + Fraction(1, 2)) * (1 if x > 0 else -1),
+    "up": lambda x: math.floor(x + Fraction(1, 2)),
+}
+
+
+def edges(dtype: type[np.floating[Any]]) -> Array:
+    """Ties, the numbers next to them, and numbers so large that they have no fraction."""
+    ties = np.arange(-7, 8, dtype=dtype) / 2
+    near = [np.nextafter(ties, dtype(side)) for side in (-np.inf, np.inf)]
+    digits = np.finfo(dtype).nmant
+    large = np.array([sign * (2.0 ** (digits + i) + 1) for sign in (1, -1) for i in (-1, 0, 1)], dtype)
+    half = large[:2] * dtype(0.5)
+    return np.concatenate([ties, *near, large, half, np.array([0.0, -0.0], dtype)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rounding", EXACT)
+def test_each_rounding_is_its_definition(rounding: Rounding, dtype: type[np.floating[Any]]) -> None:
+    x = edges(dtype)
+    found = ROUNDINGS[rounding](x)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, [EXACT[rounding](Fraction(float(value))) for value in x])
+
+
+def test_each_rounding_has_a_definition_here() -> None:
+    assert set(ROUNDINGS) == set(EXACT)
+
+
+@EACH_GRID
+@EACH_SCALE
+@pytest.mark.parametrize("rounding", EXACT)
+def test_quantize_rounds_as_it_is_told(rounding: Rounding, grid: Grid, pow2: bool) -> None:
+    params = make_params(grid, pow2)
+    x = values_for(params, 2, 3, 50)
+    steps = [EXACT[rounding](Fraction(float(step))) for step in (x / params.scale).ravel()]
+    expected = np.clip(np.array(steps, object) + int(params.zero_point), grid.qmin, grid.qmax)
+    np.testing.assert_array_equal(quantize(x, params, rounding).ravel(), expected.astype(np.int64))
+
+
+@EACH_GRID
+def test_saturated_limits_integers_and_floats_of_any_size(grid: Grid) -> None:
+    codes = np.array([0, grid.qmin, grid.qmin - 1, grid.qmax, grid.qmax + 1, 1 << 40, -(1 << 40), 300, -300])
+    expected = np.clip(codes, grid.qmin, grid.qmax)
+    for dtype in (np.int64, np.float32, np.float64):
+        limited = saturated(codes.astype(dtype), grid)
+        assert limited.dtype == np.int32
+        np.testing.assert_array_equal(limited, expected)
+
+
+def test_saturated_keeps_every_code_of_32_bits() -> None:
+    codes = np.array([2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**31 - 2, 12345678901])
+    expected = [2**31 - 1, 2**31 - 1, -(2**31), -(2**31), 2**31 - 2, 2**31 - 1]
+    np.testing.assert_array_equal(saturated(codes, Grid(32, signed=True)), expected)
 
 
 @EACH_GRID
@@ -140,7 +203,7 @@ def test_requantize_is_exact_where_the_multiplier_is_a_power_of_two(grid: Grid, 
     limit = 2 * (grid.qmax - grid.qmin) << shift
     acc = np.random.default_rng(0).integers(-limit, limit, 500)
     acc[::2] = (acc[::2] >> shift << shift) + (1 << shift - 1)  # ties
-    codes = requantize(acc, np.asarray(2.0**-shift, np.float32), params)
+    codes = requantize(acc, Requantization("float32_even", params, np.asarray(2.0**-shift, np.float32)))
     exact = [round(Fraction(value, 1 << shift)) + int(params.zero_point) for value in acc.tolist()]
     np.testing.assert_array_equal(codes, np.clip(exact, grid.qmin, grid.qmax))
     assert codes.dtype == np.int32
@@ -150,14 +213,18 @@ def test_requantize_rounds_large_accumulators_to_float32_first() -> None:
     params = QParams(np.asarray(1.0, np.float32), np.asarray(-3, np.int32), GRIDS["int8"])
     acc = np.array([2**24 + 2**17 + 1, 2**26 + 2**19 + 3, 2**24 - 1])
     multiplier = np.asarray(2.0**-18, np.float32)  # 64.5 + 2^-18 is a tie once the accumulator is a float32
-    np.testing.assert_array_equal(requantize(acc, multiplier, params), [64 - 3, 127, 64 - 3])
+    np.testing.assert_array_equal(
+        requantize(acc, Requantization("float32_even", params, multiplier)), [64 - 3, 127, 64 - 3]
+    )
 
 
 def test_requantize_has_a_multiplier_per_channel() -> None:
     params = QParams(np.asarray(1.0, np.float32), np.asarray(5, np.int32), GRIDS["uint8"])
     acc = np.array([[[10, 11], [10, 11]]])
     multiplier = along_axis(np.array([0.5, 4.0], np.float32), 1, acc.ndim)
-    np.testing.assert_array_equal(requantize(acc, multiplier, params), [[[10, 11], [45, 49]]])
+    np.testing.assert_array_equal(
+        requantize(acc, Requantization("float32_even", params, multiplier)), [[[10, 11], [45, 49]]]
+    )
 
 
 def test_range_is_what_the_ends_of_the_grid_stand_for() -> None:

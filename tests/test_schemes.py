@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from onnxqt.errors import UsageError
-from onnxqt.schemes import DEFAULT_SCHEMES, Scheme, parse_scheme
+from onnxqt.schemes import DEFAULT_SCHEMES, Placement, Scheme, parse_scheme
 
 NAMES = [
     f"w{weight}a{activation}-{symmetry}-{granularity}"
@@ -66,3 +66,13 @@ def test_default_schemes_are_int8_and_int4_weights_in_every_form() -> None:
     expected = {Scheme(bits, 8, *form) for bits in (8, 4) for form in itertools.product((True, False), repeat=2)}
     assert set(DEFAULT_SCHEMES) == expected
     assert len(DEFAULT_SCHEMES) == len(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grids_say_what_the_scheme_says(name: str) -> None:
+    scheme = parse_scheme(name)
+    grids = scheme.grids
+    assert (grids.weight, grids.activation, grids.io) == (scheme.weight_grid, scheme.activation_grid, scheme.io_grid)
+    assert (grids.weight_placement, grids.activation_placement) == (Placement(True), Placement(scheme.symmetric))
+    assert (grids.per_channel, grids.search_clip) == (scheme.per_channel, True)
+    assert not grids.fixed_outputs

@@ -11,9 +11,12 @@ from test_emulate_engine import FLOAT_IN_ORT, INTEGER_IN_ORT, KINDS, POW2, Net, 
 
 from onnxqt import numerics
 from onnxqt.emulate import Program, load_program
+from onnxqt.emulate.kernels import pooling
+from onnxqt.emulate.nodes import products
 from onnxqt.errors import ContradictionError
-from onnxqt.numerics import Array, FloatArray, IntArray, QParams
+from onnxqt.numerics import Array, IntArray
 from onnxqt.plan import IntegerNode
+from onnxqt.requantize import Requantization
 from onnxqt.runtime import Session, with_outputs
 from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
 from onnxqt.verify import TensorVerdict, roundings, verify
@@ -98,7 +101,9 @@ def test_an_error_in_one_node_is_a_contradiction(
     weight, node = list(weighted_nodes(digits).items())[position]
     constant, change = ERRORS[error]
     constant = constant.replace("weight", weight).replace("bias", f"{node.name}.bias")
-    monkeypatch.setattr(MODULE, "load_program", lambda _: load_program(changed(model, constant, change)))
+    monkeypatch.setattr(
+        MODULE, "load_program", lambda _, reference: load_program(changed(model, constant, change), reference=reference)
+    )
     tensor = node.output if node.output in digits.model.graph.outputs else f"{node.output}.dequantized"
     with pytest.raises(ContradictionError) as caught:
         verify("w8a8-asym-pc", model, few(digits, 100))
@@ -129,11 +134,14 @@ def test_another_rounding_rule_is_caught(
     model = digits.quantized(parse_scheme(name))
     verify(name, model, few(digits))
 
-    def wrong(acc: Array, multiplier: FloatArray, params: QParams) -> IntArray:
-        steps = RULES[rule](acc.astype(np.float32) * multiplier)
-        return np.clip(steps + params.zero_point, params.grid.qmin, params.grid.qmax).astype(np.int32)
+    def wrong(acc: Array, how: Requantization) -> IntArray:
+        assert how.rule == "float32_even"
+        steps = RULES[rule](acc.astype(np.float32) * how.multiplier)
+        grid = how.target.grid
+        return np.clip(steps + how.target.zero_point, grid.qmin, grid.qmax).astype(np.int32)
 
-    monkeypatch.setattr(numerics, "requantize", wrong)
+    monkeypatch.setattr(products, "requantize", wrong)
+    monkeypatch.setattr(pooling, "requantize", wrong)
     with pytest.raises(ContradictionError, match=name):
         verify(name, model, few(digits))
 
@@ -270,12 +278,21 @@ def test_float_nodes_run_on_the_same_kernels() -> None:
     assert verdict.equal == verdict.total
 
 
+def test_quantized_weights_of_a_float_input_are_no_contradiction() -> None:
+    """No scale is found at run time unless a back end is asked for it."""
+    net = Net("s8", False)
+    node = net.node("Conv", net.input("N", 3, 6), net.weights((2, 3, 3), 0))
+    model = net.output(net.qdq(node, 0.1))
+    (verdict,) = verify("file", model, [feed(model)]).tensors
+    assert verdict.equal == verdict.total
+
+
 def test_float_operations_of_both_sides_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net("s8", False)
     model = net.output(FLOAT_IN_ORT["two grids"](net))
     right = numerics.quantize
     verify("file", model, [feed(model, 200)])
-    monkeypatch.setattr(numerics, "quantize", lambda x, params: right(x * np.float32(1 + 2**-12), params))
+    monkeypatch.setattr(numerics, "quantize", lambda x, *rest: right(x * np.float32(1 + 2**-12), *rest))
     with pytest.raises(ContradictionError, match="inf times"):
         verify("file", model, [feed(model, 200)])
 
@@ -302,7 +319,9 @@ def test_outputs_are_compared_with_optimized_onnxruntime(
     codes: int, torch_digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The distance at the outputs is measured in codes, apart from that tensor by tensor."""
-    monkeypatch.setattr(MODULE, "load_program", lambda model: Shifted(load_program(model), codes))
+    monkeypatch.setattr(
+        MODULE, "load_program", lambda model, reference: Shifted(load_program(model, reference=reference), codes)
+    )
     monkeypatch.setattr(MODULE, "integer_kernels", lambda model: (0, False))
     verdict = verify("file", torch_digits.quantized(INTEGER), few(torch_digits))
     assert verdict.max_lsb == codes

@@ -12,9 +12,11 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, inliner, numpy_helper
 
 from onnxqt import numerics
-from onnxqt.emulate.program import Run, Step, Tensor
+from onnxqt.emulate.kernels.windows import Window
+from onnxqt.emulate.steps import Run, Step, Tensor, storage
 from onnxqt.errors import EmulatorError, first_line
 from onnxqt.numerics import Array, Grid, QParams
+from onnxqt.profiles import Arithmetic
 from onnxqt.runtime import Session
 
 _OPSETS = range(13, 22)
@@ -39,12 +41,14 @@ class Graph:
     """What is known of a graph while its steps are decided, in topological order."""
 
     proto: ModelProto
+    arithmetic: Arithmetic
     reference: bool
     constants: dict[str, TensorProto]
     consumers: dict[str, list[NodeProto]]
     grids: dict[str, Grid] = field(default_factory=dict)  # of values that are codes in the file
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shapes: set[str] = field(default_factory=set)  # integers computed from shapes
+    levels: set[str] = field(default_factory=set)  # of a logarithmic grid
     done: set[str] = field(default_factory=set)  # first outputs of nodes that need no step of their own
     steps: list[Step] = field(default_factory=list)
 
@@ -65,7 +69,7 @@ def read_file(model: str | Path | ModelProto) -> ModelProto:
     return inliner.inline_local_functions(proto) if proto.functions else proto
 
 
-def open_graph(proto: ModelProto, reference: bool) -> Graph:
+def open_graph(proto: ModelProto, arithmetic: Arithmetic, reference: bool) -> Graph:
     """A graph of which nothing is decided yet."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     consumers: dict[str, list[NodeProto]] = {}
@@ -74,7 +78,7 @@ def open_graph(proto: ModelProto, reference: bool) -> Graph:
             consumers.setdefault(name, []).append(node)
     for output in proto.graph.output:
         consumers.setdefault(output.name, []).append(NodeProto(op_type="graph output"))
-    graph = Graph(proto, reference, constants, consumers)
+    graph = Graph(proto, arithmetic, reference, constants, consumers)
     for value in proto.graph.input:
         if value.name not in constants and value.type.tensor_type.elem_type in _GRIDS:
             graph.grids[value.name] = _GRIDS[value.type.tensor_type.elem_type]
@@ -82,17 +86,13 @@ def open_graph(proto: ModelProto, reference: bool) -> Graph:
 
 
 def declared(graph: Graph, value: onnx.ValueInfoProto) -> tuple[Any, tuple[int | None, ...] | None]:
-    """Numpy type and shape of a graph input; int32 for codes."""
+    """Numpy type and shape of a graph input."""
     kind = value.type.tensor_type
-    dtype = np.int32 if value.name in graph.grids else helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    grid = graph.grids.get(value.name)
+    dtype = storage(grid) if grid else helper.tensor_dtype_to_np_dtype(kind.elem_type)
     if not kind.HasField("shape"):
         return dtype, None
     return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-
-
-def storage(grid: Grid) -> Any:
-    """The numpy type that holds codes outside the program."""
-    return np.dtype(f"{'' if grid.signed else 'u'}int{max(8, grid.bits)}")
 
 
 def read_names(node: NodeProto) -> list[str]:
@@ -126,6 +126,13 @@ def array(graph: Graph, name: str) -> Array:
     tensor = graph.constants[name]
     values: Array = numpy_helper.to_array(tensor)
     return values.astype(np.int32) if tensor.data_type in _GRIDS else values
+
+
+def stored(graph: Graph, name: str) -> Array:
+    """A constant of the file, in the type that steps pass it in."""
+    tensor = graph.constants[name]
+    values: Array = numpy_helper.to_array(tensor)
+    return values.astype(storage(_GRIDS[tensor.data_type])) if tensor.data_type in _GRIDS else values
 
 
 def is_constant(graph: Graph, name: str) -> bool:
@@ -204,6 +211,19 @@ def quantized(graph: Graph, node: NodeProto, index: int) -> Tensor:
     return graph.tensors[name]
 
 
+def window_of(attributes: Mapping[str, Any], kernel: Sequence[int]) -> Window:
+    """Geometry of a convolution or a pool from its attributes."""
+    ones = (1,) * len(kernel)
+    return Window(
+        tuple(kernel),
+        tuple(attributes.get("strides", ones)),
+        tuple(attributes.get("dilations", ones)),
+        tuple(attributes.get("pads", (0, 0) * len(kernel))),
+        attributes.get("auto_pad", "NOTSET"),
+        bool(attributes.get("ceil_mode", 0)),
+    )
+
+
 def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
     """Runs `node` alone: values of the inputs `names` -> its outputs. Its other inputs are constants.
 
@@ -217,7 +237,7 @@ def onnxruntime_run(graph: Graph, node: NodeProto, names: Sequence[str]) -> Run:
     ]
     types = {value.name: value.type for value in graph.proto.graph.value_info}
     inputs = {name: types.get(name) for name in names}
-    return one_node_run(node, constants, graph.proto.opset_import, inputs, optimize=False)
+    return one_node_run(node, constants, graph.proto.opset_import, inputs, optimize=False, threads=1)
 
 
 def one_node_run(
@@ -226,6 +246,7 @@ def one_node_run(
     opsets: Any,
     inputs: Mapping[str, TypeProto | None],
     optimize: bool = True,
+    threads: int = 0,
 ) -> Run:
     """One node in ONNX Runtime; a session per combination of input types.
 
@@ -240,7 +261,7 @@ def one_node_run(
             for (name, declared), kind in zip(inputs.items(), kinds, strict=True)
         ]
         inner = helper.make_graph([node], "node", infos, outputs, constants)
-        return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10), optimize)
+        return Session(helper.make_model(inner, opset_imports=opsets, ir_version=10), optimize, threads=threads)
 
     def run(*values: Array) -> tuple[Array, ...]:
         kinds = tuple(

@@ -1,70 +1,16 @@
 """An integer program: steps in order, each a function from values to values, and how they are executed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from onnxqt import numerics
+from onnxqt.emulate import listing
+from onnxqt.emulate.steps import Codes, NodeInfo, Step, Tensor, storage
 from onnxqt.errors import EmulatorError, first_line
-from onnxqt.numerics import Array, IntArray, QParams
-
-Run = Callable[..., tuple[Array, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
-    """How one node runs.
-
-    Attributes:
-        name: the node's name, or the name of its output where it has none.
-        op_type: its operator.
-        kind: "integer" on codes; "float" through ONNX Runtime; "boundary" for a quantizer that stands
-            between floats and codes or between two grids; "shape" for what only computes sizes.
-        reason: why the node is float, else empty.
-        note: what the file leaves open and was decided here, else empty.
-        bound: limit of the accumulator and of all its partial sums, None where nothing is accumulated.
-        implementation: how the result is computed.
-    """
-
-    name: str
-    op_type: str
-    kind: Literal["integer", "float", "boundary", "shape"]
-    reason: str = ""
-    note: str = ""
-    bound: int | None = None
-    implementation: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing to execute: `outputs = run(*inputs)`, values by name.
-
-    `overflows` names the output, if any, that counts the accumulators that wrapped.
-    """
-
-    info: NodeInfo
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    run: Run
-    overflows: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A real tensor that exists as codes: the value `codes` on the grid `params`."""
-
-    codes: str
-    params: QParams
-
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """Codes (int32) and their grid."""
-
-    codes: IntArray
-    params: QParams
+from onnxqt.numerics import Array, QParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +20,7 @@ class Result:
     Attributes:
         outputs: real values of each graph output; codes where the file's output is itself an integer.
         codes: codes of each graph output that is quantized, and of the tensors asked for.
-        overflows: accumulators that did not fit 32 bits and wrapped, by node name.
+        overflows: accumulators that did not fit their register, by node name.
     """
 
     outputs: dict[str, Array]
@@ -84,21 +30,25 @@ class Result:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Program:
-    """The integer program of one file.
+    """The integer program of one file. Its runs share nothing, so several threads may run it at once.
 
     Attributes:
         steps: in the order of execution.
         inputs: numpy type and shape (None where dynamic) of each graph input.
         outputs: each graph output as codes, or the numpy type of one that is not quantized (None: any).
         tensors: the tensors of the file that are quantized, by name: outputs of DequantizeLinear.
+        values: every value of the program that is codes, by the name of the codes: constants are not among them.
         constants: constant values that steps read.
+        overflow: what happens to accumulators that do not fit; see `onnxqt.profiles.Accumulator`.
     """
 
     steps: tuple[Step, ...]
     inputs: Mapping[str, tuple[Any, tuple[int | None, ...] | None]]
     outputs: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    values: Mapping[str, QParams]
     constants: Mapping[str, Array]
+    overflow: str = "wrap"
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
@@ -114,6 +64,10 @@ class Program:
     def float_nodes(self) -> tuple[tuple[str, str, str], ...]:
         """(name, op_type, reason) of each node that runs in float."""
         return tuple((info.name, info.op_type, info.reason) for info in self.nodes if info.kind == "float")
+
+    def listing(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The program as JSON can hold it, and the arrays that it names; see `onnxqt.emulate.listing`."""
+        return listing.listing_of(self.steps, self.values, self.outputs)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Real values of the graph outputs; see `run_codes`."""
@@ -134,18 +88,21 @@ class Program:
                 error shows only where it arises. The result holds the computed ones.
 
         Raises:
-            EmulatorError: if the inputs do not fit the graph, a tensor named is not quantized, or a node
-                fails.
+            EmulatorError: if the inputs do not fit the graph, a tensor named is not quantized, a node fails, or an
+                accumulator overflows whose device leaves the result open.
         """
         for name in (*tensors, *(forced or ())):
             if name not in self.tensors:
                 raise EmulatorError(f"tensor '{name}' is not quantized in this file: name one that is")
         wanted = {name: value for name, value in self.outputs.items() if isinstance(value, Tensor)}
         wanted |= {name: self.tensors[name] for name in tensors}
-        replaced = {self.tensors[name].codes: codes for name, codes in (forced or {}).items()}
+        replaced = {
+            self.tensors[name].codes: codes.astype(storage(self.tensors[name].params.grid))
+            for name, codes in (forced or {}).items()
+        }
         values = {**self.constants, **_checked_inputs(self.inputs, inputs)}
         computed = self._execute(values, {*self.outputs, *(t.codes for t in wanted.values())}, replaced)
-        codes = {name: Codes(computed[tensor.codes], tensor.params) for name, tensor in wanted.items()}
+        codes = {name: Codes(computed[tensor.codes].astype(np.int32), tensor.params) for name, tensor in wanted.items()}
         outputs = {
             name: numerics.dequantize(codes[name].codes, codes[name].params)
             if name in wanted
@@ -155,11 +112,23 @@ class Program:
         overflows = {s.info.name: int(computed[s.overflows]) for s in self.steps if s.overflows}
         return Result(outputs, codes, overflows)
 
+    def run_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Every value of the program that is codes, by the name of the codes, int32; see `run_codes`."""
+        values = {**self.constants, **_checked_inputs(self.inputs, inputs)}
+        computed = self._execute(values, set(self.values), {})
+        return {name: computed[name].astype(np.int32) for name in self.values}
+
     def _execute(self, values: dict[str, Array], keep: set[str], replaced: Mapping[str, Array]) -> dict[str, Array]:
         """Runs all steps on `values` (inputs and constants); the values in `keep`, and the overflow counters."""
         computed = {name: values[name] for name in keep & values.keys()}
         for step, unused in zip(self.steps, _last_uses(self.steps), strict=True):
             results = dict(zip(step.outputs, execute(step, values), strict=True))
+            if step.overflows and self.overflow == "error" and (count := int(results[step.overflows])):
+                raise EmulatorError(
+                    f"node '{step.info.name}' ({step.info.op_type}): {count} accumulators do not fit "
+                    f"{step.info.accumulator}, where the device's result is undefined: use smaller scales for its "
+                    "input or fewer bits for its weights"
+                )
             computed |= {name: value for name, value in results.items() if name in keep or name == step.overflows}
             values.update((name, _value(replaced.get(name, value))) for name, value in results.items())
             for name in unused:
@@ -220,3 +189,6 @@ def _checked_inputs(
 
 def _shown(shape: tuple[int | None, ...]) -> str:
     return f"[{', '.join('?' if n is None else str(n) for n in shape)}]"
+
+
+__all__ = ["Codes", "NodeInfo", "Program", "Result", "Step", "Tensor", "execute", "storage"]

@@ -6,6 +6,7 @@ whoever reads it. The pair of a graph output produces the output itself.
 Activations of fewer than 8 bits are 8-bit codes with an integer Clip between the pair (the QCDQ form of
 Brevitas), not INT4: ONNX Runtime 1.19 drops a Relu in front of an INT4 QuantizeLinear, refuses a Clip there, and
 moves INT4 codes into operators that do not take them. The 8-bit form means the same and runs on integer kernels.
+The same Clip leaves out the most negative code where a grid is narrow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnxqt.calibrate import Quantizers, bias_scale
+from onnxqt.calibrate import Quantizers, bias_scale, constant_operand
 from onnxqt.errors import ExportError, first_line
 from onnxqt.model import Model, Names, editable, finish
 from onnxqt.numerics import Array, Grid, QParams, quantize
@@ -25,8 +26,14 @@ from onnxqt.opset import convert_opset
 from onnxqt.plan import IntegerNode, QuantPlan, WeightSite
 from onnxqt.tensors import check_model, values_of
 
-INT4_OPSET = 21  # the first whose QuantizeLinear knows INT4 and UINT4
+INT4_OPSET = 21  # the first whose QuantizeLinear knows INT4 and UINT4, and INT16 and UINT16
 _BIAS_GRID = Grid(32, signed=True)
+_STORAGE = {  # of activations: element types by (width, signed)
+    (8, True): TensorProto.INT8,
+    (8, False): TensorProto.UINT8,
+    (16, True): TensorProto.INT16,
+    (16, False): TensorProto.UINT16,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +50,24 @@ def quantized_model(model: Model, plan: QuantPlan, quantizers: Quantizers) -> on
     """The QDQ form of a float model.
 
     Weights of at most 4 bits are INT4, which takes opset 21, others INT8; odd widths use a narrower range of
-    their type. A model that multiplies two activations stays below opset 21, with INT8 storage for all weights:
-    ONNX Runtime 1.19 has no integer MatMul kernel for opset 21 and fails on such a file.
+    their type. Activations of 16 bits take opset 21 as well. A model that multiplies two activations of 8 bits stays
+    below opset 21, with INT8 storage for all weights: ONNX Runtime 1.19 has no integer MatMul kernel for opset 21
+    and fails on such a file.
     """
     proto = model.proto
     int4 = any(params.grid.bits <= 4 for params in quantizers.weights.values())
-    if any(_becomes_integer_matmul(node, quantizers) for node in plan.integer_nodes):
+    int16 = any(params.grid.bits > 8 for params in quantizers.activations.values())
+    if not int16 and any(_becomes_integer_matmul(node, quantizers) for node in plan.integer_nodes):
         int4 = False
         if model.opset >= INT4_OPSET:
             proto = convert_opset(proto, INT4_OPSET - 1)
-    elif int4 and model.opset < INT4_OPSET:
+    elif (int4 or int16) and model.opset < INT4_OPSET:
         proto = convert_opset(proto, INT4_OPSET)
     graph = editable(proto)
     surgery = _Surgery(model, graph, graph.tensors(), Names(graph))
     for node in plan.integer_nodes:
         _quantize_bias(surgery, node, quantizers)
+        _quantize_constant(surgery, node, quantizers)
     for weight in plan.weights:
         _quantize_weight(surgery, weight, quantizers.weights[weight.tensor], int4)
     for site in plan.activations:
@@ -88,13 +98,14 @@ def _quantize_activation(surgery: _Surgery, name: str, params: QParams) -> None:
         graph.outputs = [result if output is source else output for output in graph.outputs]
         source.name, result.name = names.new(f"{name}.float"), name
     scale = gs.Constant(names.new(f"{name}.scale"), np.asarray(params.scale, np.float32))
-    kind = TensorProto.INT8 if params.grid.signed else TensorProto.UINT8
+    storage = _storage(params.grid)
+    kind = _STORAGE[storage.bits, storage.signed]
     zero_point = _stored(names.new(f"{name}.zero_point"), params.zero_point, kind)
     wide = gs.Variable(names.new(f"{name}.codes"))
     graph.nodes.append(
         gs.Node("QuantizeLinear", f"{name}.quantize", inputs=[source, scale, zero_point], outputs=[wide])
     )
-    codes = wide if params.grid.bits == 8 else gs.Variable(names.new(f"{name}.clipped_codes"))
+    codes = wide if params.grid == storage else gs.Variable(names.new(f"{name}.clipped_codes"))
     if codes is not wide:
         bounds = [
             _stored(names.new(f"{name}.{bound}"), np.array(value), kind)
@@ -104,6 +115,24 @@ def _quantize_activation(surgery: _Surgery, name: str, params: QParams) -> None:
     graph.nodes.append(
         gs.Node("DequantizeLinear", f"{name}.dequantize", inputs=[codes, scale, zero_point], outputs=[result])
     )
+
+
+def _storage(grid: Grid) -> Grid:
+    """The whole of the element type that holds codes of an activation."""
+    return Grid(8 if grid.bits <= 8 else 16, grid.signed)
+
+
+def _quantize_constant(surgery: _Surgery, node: IntegerNode, quantizers: Quantizers) -> None:
+    """A constant operand as codes, for one node alone; a Div becomes a Mul by the reciprocal."""
+    if node.constant is None:
+        return
+    constant, params = surgery.tensors[node.constant], quantizers.constants[node.name]
+    reader = next(n for n in constant.outputs if n.name == node.name)
+    reader.op = "Mul" if reader.op == "Div" else reader.op
+    storage = _storage(params.grid)
+    codes = quantize(constant_operand(surgery.model, node), params)
+    kind = _STORAGE[storage.bits, storage.signed]
+    _redirect([reader], constant, _dequantized(surgery, f"{node.name}.constant", codes, params, kind))
 
 
 def _quantize_weight(surgery: _Surgery, site: WeightSite, params: QParams, int4: bool) -> None:

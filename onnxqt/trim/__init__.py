@@ -142,7 +142,7 @@ def trim(
     onnx.save(graph, folder / jobs.GRAPH)
     onnx.save(model.proto, folder / jobs.START)
     for index, scheme in enumerate(settings.schemes):
-        jobs.write_activations(folder, index, activation_params(plan, ranges, scheme, settings.method))
+        jobs.write_activations(folder, index, activation_params(plan, ranges, scheme.grids, settings.method))
     for stale in (jobs.BEST, jobs.LAST):
         (folder / stale).unlink(missing_ok=True)
     job = _job(data, settings, targets, scope.trained, tuple(registrations))

@@ -212,7 +212,7 @@ class Ranges:
         for scheme, activations in zip(task.schemes, task.activations, strict=True):
             key = (scheme.weight_bits, scheme.per_channel)
             if key not in known:
-                known[key] = weight_params(task.plan, pruned.__getitem__, scheme)
+                known[key] = weight_params(task.plan, pruned.__getitem__, scheme.grids)
             self.settings.append({**feeds(task.plan, task.shapes, Quantizers(activations, known[key])), **taus})
 
 
