@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import nox
+from nox.command import CommandFailed
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = False
@@ -16,6 +17,15 @@ SCHEMES = [
         range(8, 1, -1), (8, 4), ("sym", "asym"), ("pt", "pc")
     )
 ]
+
+# Runtimes that the emulator is held against, each in an environment of its own (VALIDATION.md).
+REFEREES = {
+    "litert": ("ai-edge-litert==2.3.0",),
+    "tosa": ("tosa-tools==2026.8.0",),
+    "ncnn": ("ncnn==1.0.20261020",),
+    "openvino": ("openvino==2026.4.1", "onnx>=1.17"),
+    "ort": ("onnxruntime==1.32.0", "onnx>=1.17"),
+}
 
 
 @nox.session(python=PYTHONS)
@@ -62,3 +72,21 @@ def large(session: nox.Session) -> None:
     """A model of 3 GB: memory of inspect, calibrate and export. Takes 7 GB of disk."""
     session.install(".")
     session.run("python", "tools/large_model.py", "--out", f"{session.create_tmp()}/large", *session.posargs)
+
+
+@nox.session(default=False)
+def validate(session: nox.Session) -> None:
+    """The emulator against the runtimes themselves; writes VALIDATION.md. Takes minutes and 3 GB of disk."""
+    session.install(".")
+    pythons = []
+    for name, packages in REFEREES.items():
+        folder = pathlib.Path(session.create_tmp()) / name
+        python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+        try:
+            session.run(sys.executable, "-m", "venv", str(folder), external=True)
+            session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
+        except CommandFailed:
+            session.warn(f"{' '.join(packages)} cannot be installed here: the profiles it validates are skipped")
+        else:
+            pythons += ["--python", f"{name}={python}"]
+    session.run("python", "tools/validate.py", *pythons, "--output", "VALIDATION.md", *session.posargs)

@@ -5,20 +5,26 @@ The whole job is `trim`; the other names are its stages, in order.
 
 __version__ = "0.1.0"
 
+from onnxqt.compiler import compile_model, compiler_plan
+from onnxqt.emulate import Program, load_program
 from onnxqt.errors import OnnxqtError
 from onnxqt.ingest import ingest
 from onnxqt.model import Model
 from onnxqt.pipeline import Candidate, Settings, Workspace, calibrated, export, open_workspace, record_ranges, trim
 from onnxqt.plan import QuantPlan, make_plan
+from onnxqt.profiles import PROFILES, Profile, parse_precision, read_profile
 from onnxqt.report import Report
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme, parse_scheme
 from onnxqt.verify import Verdict, verify
 
 __all__ = [
     "DEFAULT_SCHEMES",
+    "PROFILES",
     "Candidate",
     "Model",
     "OnnxqtError",
+    "Profile",
+    "Program",
     "QuantPlan",
     "Report",
     "Scheme",
@@ -26,11 +32,16 @@ __all__ = [
     "Verdict",
     "Workspace",
     "calibrated",
+    "compile_model",
+    "compiler_plan",
     "export",
     "ingest",
+    "load_program",
     "make_plan",
     "open_workspace",
+    "parse_precision",
     "parse_scheme",
+    "read_profile",
     "record_ranges",
     "trim",
     "verify",

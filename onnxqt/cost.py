@@ -581,6 +581,8 @@ class _Run:
             yield f"memory outside of the chip: none ({device.no_dram})"
         if device.sram:
             yield _line("SRAM", device.sram)
+        elif not device.no_dram:
+            yield "memory on the chip: no source, so all bytes are taken to pass through memory outside of it"
         yield ENERGY_SOURCE
         if device.watts:
             yield _line(f"board energy: modelled, {device.watts.value:g} W / throughput", device.watts)

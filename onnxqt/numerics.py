@@ -86,9 +86,15 @@ def round_half_even(x: Array) -> Array:
 
 
 def round_half_away(x: Array) -> Array:
-    """Nearest integer, ties away from zero: -1.5 -> -2, -0.5 -> -1, 0.5 -> 1 (C `round`)."""
-    whole = np.trunc(x)
-    return np.asarray(whole + np.copysign(np.abs(x - whole) >= 0.5, x)).astype(x.dtype, copy=False)
+    """Nearest integer, ties away from zero: -1.5 -> -2, -0.5 -> -1, 0.5 -> 1 (C `round`).
+
+    round(x) = trunc(x + sign(x) h),  h the largest float below 1/2
+
+    With 1/2 itself the largest float below 1/2 would round up; with h a tie still does, as the sum rounds to even.
+    """
+    x = np.asarray(x)
+    below_half = np.nextafter(x.dtype.type(0.5), x.dtype.type(0))
+    return np.asarray(np.trunc(x + np.copysign(below_half, x)))
 
 
 def round_half_up(x: Array) -> Array:
@@ -112,7 +118,7 @@ def quantize(x: Array, params: QParams, rounding: Rounding = "even") -> IntArray
     The division is float32, as ONNX Runtime does it; values beyond the grid saturate. `rounding` says where ties go;
     "affine" is the FakeQuantize of OpenVINO, per tensor, in float32, whose zero point enters before rounding:
 
-    code = clip(round_half_even(x (n / (hi - lo)) + (-lo n) / (hi - lo)) + qmin),  n = qmax - qmin,  [lo, hi] = range
+    code = clip(round_half_even(x (n / (hi - lo)) + ((-lo n) / (hi - lo) + qmin))),  n = qmax - qmin,  [lo, hi] = range
     """
     if rounding == "affine":
         factor, shift = affine(params)

@@ -33,21 +33,31 @@ ORDER = (
     {"cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+# The same inside parts of several files; `__init__` stands for what the part gives to others.
+INSIDE = {
+    "cli": (
+        {"output", "options", "progress"},
+        {"edge_page", "matrix_page", "program_page"},
+        {"backends", "edge", "program", "quantize", "survey"},
+        {"__init__"},
+    ),
+    "matrix": ({"advice", "task"}, {"cells", "run"}, {"floats"}, {"bench"}, {"files"}, {"__init__"}),
+}
 # Judges files, not the code that wrote them.
 ALONE = {"emulate": {"errors", "numerics", "requantize", "profiles", "runtime"}}
 
 NOWHERE = frozenset[str]()
 FOREIGN = {
-    "click": {"cli.py"},
-    "rich": {"cli.py"},
+    "click": {f"cli/{name}.py" for names in INSIDE["cli"] for name in names} - {"cli/progress.py"},
+    "rich": {"cli/output.py", "cli/progress.py", "cli/edge_page.py", "cli/survey.py"},
     "onnxruntime": {"runtime.py", "trim/worker.py"},
     "torch": NOWHERE,
     **dict.fromkeys(("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), NOWHERE),
 }
 CALLS = {
-    "print": {"cli.py"},
+    "print": NOWHERE,  # the command line has click.echo
     "input": NOWHERE,
-    "exit": {"cli.py", "trim/worker.py"},  # the worker is a program of its own
+    "exit": {"trim/worker.py"},  # the worker is a program of its own
     "quit": NOWHERE,
     "eval": NOWHERE,
     "exec": NOWHERE,
@@ -80,6 +90,15 @@ def own_parts(path: Path) -> set[str]:
     return {name[1] for name in names if name[0] == "onnxqt" and name[1] != "__version__"}
 
 
+def inner_parts(path: Path, part: str) -> set[str]:
+    """The files of its own part that a file imports."""
+    files = {file for names in INSIDE[part] for file in names}
+    names = (name.split(".") for name in modules(path))
+    return {
+        name[2] if len(name) > 2 and name[2] in files else "__init__" for name in names if name[:2] == ["onnxqt", part]
+    }
+
+
 def called(node: ast.Call) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
@@ -93,6 +112,16 @@ def test_imports_go_one_way(path: Path) -> None:
     for imported in own_parts(path) - {part}:
         assert RANK[imported] < RANK[part], f"{part} must not import {imported}"
     assert own_parts(path) - {part} <= ALONE.get(part, set(RANK))
+
+
+@pytest.mark.parametrize("part", INSIDE)
+def test_imports_go_one_way_inside(part: str) -> None:
+    rank = {name: rank for rank, names in enumerate(INSIDE[part]) for name in names}
+    files = {path.stem: path for path in FILES if part_of(path) == part}
+    assert set(files) == set(rank)
+    for name, path in files.items():
+        for imported in inner_parts(path, part):
+            assert rank[imported] < rank[name], f"{part}/{name}.py must not import {imported}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

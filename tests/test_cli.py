@@ -12,15 +12,20 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT, RUN_SCHEMES, Digits, Run, files, invoke
+from helpers import build, normal, save
 
 from onnxqt import __version__, numerics
 from onnxqt.cli import main
+from onnxqt.cost import Measured, estimate, workload
+from onnxqt.devices import DEVICES
 from onnxqt.emulate import load_program
 from onnxqt.errors import EmulatorError
+from onnxqt.files import file_sha256
 from onnxqt.profiles import PROFILES, read_profile
 from onnxqt.runtime import Session
 
-COMMANDS = ("trim", "inspect", "calibrate", "export", "verify", "profiles", "emulate")
+COMMANDS = ("trim", "inspect", "calibrate", "export", "verify", "profiles", "emulate", "cost")
+COST_SCHEMA = json.loads((ROOT / "onnxqt" / "cost.schema.json").read_text())
 MATRIX_SCHEMA = json.loads((ROOT / "onnxqt" / "matrix.schema.json").read_text())
 
 
@@ -236,7 +241,7 @@ def test_verify_prints_the_matrix_that_it_writes(short_run: Run, tmp_path: Path)
     assert files(out) == {"matrix.json"}
     assert content == json.loads((out / "matrix.json").read_text())
     assert [model["name"] for model in content["models"]] == ["model.onnx", "checkpoint.onnx"]
-    assert [entry["columns"] for entry in content["profiles"]] == [["w8a8", "w4a8", "w8a8-dyn"], ["w8a8"]]
+    assert [entry["columns"] for entry in content["profiles"]] == [["w8a8", "w8a8-dyn"], ["w8a8"]]
     assert {cell["error"] for cell in content["cells"]} == {None}
     assert content["data"]["evaluation"]["samples"] == 70
     again = invoke("verify", short_run.digits.file, short_run.folder / "checkpoint.onnx", *arguments, *options)
@@ -262,10 +267,23 @@ def test_verify_for_people(short_run: Run, tmp_path: Path) -> None:
         assert rows[name] == [name, evidence, *cells, *["-"] * (2 - len(columns))]
     page = " ".join(result.stdout.split())
     assert "model.onnx -> checkpoint.onnx: top-1 %; float" in page
+    target = content["models"][0]["float"]["metrics"]["top1"]
+    shares = {
+        (name, evidence): [
+            cell["result"]["metrics"]["top1"]
+            for cell in content["cells"]
+            if cell["model"] == name and PROFILES[cell["profile"]].evidence == evidence
+        ]
+        for name in names
+        for evidence in ("validated", "modelled")
+    }
+    gaps = {key: 100 * (target - sum(found) / len(found)) for key, found in shares.items()}
     for entry in content["summary"]:
         assert (
             f"{entry['model']}: mean gap to the original float model {100 * entry['mean_gap']:.2f} points, "
-            f"spread {100 * entry['spread']:.2f} points, over 3 back ends and precisions"
+            f"spread {100 * entry['spread']:.2f} points, over 3 back ends and precisions "
+            f"(validated {gaps[entry['model'], 'validated']:.2f} over 1, "
+            f"modelled {gaps[entry['model'], 'modelled']:.2f} over 2)"
         ) in page
     floats = page.split("what stays float")[1]
     assert "/3/Add, /8/Add" in floats
@@ -276,16 +294,30 @@ def test_verify_of_one_model_without_labels(
     torch_digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ("--precision", "w4a8", "--precision", "w8a8", "--profile", "ort_cpu", "--profile", "ncnn_sym")
+    options = ("--precision", "w4a8", "--precision", "w8a8", "--profile", "tflite_ref", "--profile", "ncnn_sym")
     result = invoke("verify", torch_digits.file, "--data", torch_digits.calib, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     content = json.loads((tmp_path / "model-onnxqt" / "matrix.json").read_text())
     rows = rows_of(result.stdout)
     shares = [f"{100 * cell['result']['metrics']['agreement']:.2f}" for cell in content["cells"]]
     assert rows["profile"][2:] == ["w4a8", "w8a8"]
-    assert rows["ort_cpu"][2:] == shares[:2]
+    assert rows["tflite_ref"][2:] == shares[:2]
     assert rows["ncnn_sym"][2:] == ["-", shares[2]]
     assert "agreement with the original, %; float 100.00" in result.stdout
+
+
+def test_verify_of_a_model_without_classes(tmp_path: Path) -> None:
+    file = save(build("(float[n,3,6] x) => (float[] y) { y = Conv(x, w) }", {"w": normal(4, 3, 1)}), tmp_path)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", x=normal(32, 3, 6))
+    options = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--profile", "ort_cpu", "--precision", "w8a8")
+    result = invoke("verify", file, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    (cell,) = json.loads((tmp_path / "out" / "matrix.json").read_text())["cells"]
+    assert cell["result"]["metrics"] == {}
+    assert "signal-to-noise ratio to the original, dB; float exact" in result.stdout
+    assert rows_of(result.stdout)["ort_cpu"][2:] == [f"{cell['result']['fidelity']['snr_db']:.1f}"]
+    assert "mean gap" not in result.stdout
 
 
 def test_verify_takes_profiles_from_files_and_schemes(torch_digits: Digits, tmp_path: Path) -> None:
@@ -307,7 +339,7 @@ def test_verify_shows_what_failed(torch_digits: Digits, tmp_path: Path, monkeypa
             raise EmulatorError("node 'x' (Conv) failed: on purpose")
         return load_program(model, arithmetic)
 
-    monkeypatch.setattr("onnxqt.matrix.load_program", fail)
+    monkeypatch.setattr("onnxqt.matrix.run.load_program", fail)
     arguments = ("--data", torch_digits.calib, "--out", tmp_path, "--precision", "w8a8", "--profile", "ncnn_sym")
     result = invoke("verify", torch_digits.file, *arguments, "--profile", "ort_cpu")
     assert result.exit_code == 0
@@ -438,11 +470,128 @@ def test_emulate_for_people(short_run: Run) -> None:
     assert f"{100 * top1:.2f}" in result.stdout
 
 
+# --- cost -----------------------------------------------------------------------------------------------
+
+
+def test_cost_is_the_estimate_of_every_device(digits: Digits) -> None:
+    result = invoke("cost", digits.file, "--weight-bits", 4, "--batch", 8, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads(result.stdout)
+    jsonschema.validate(content, COST_SCHEMA)
+    load = workload(digits.model, digits.plan, 4, 8)
+    expected = [estimate(load, device, 8).as_json() for device in DEVICES.values()]
+    assert content["estimates"] == json.loads(json.dumps(expected))
+    assert (content["workload"]["macs"], content["workload"]["weight_bytes"]) == (load.macs, load.weight_bytes)
+    assert content["model"] == {"name": "model.onnx", "sha256": digits.model.sha256}
+    assert (content["batch"], content["measured"], content["measured_on"]) == (8, [], None)
+
+
+def notes_of(page: str) -> dict[str, str]:
+    """The numbered notes of a page, each on one line."""
+    parts = re.split(r"^\[(\d+)\] +", page, flags=re.MULTILINE)[1:]
+    return {number: " ".join(text.split()) for number, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_cost_for_people(columns: int, torch_digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = invoke("cost", torch_digits.file, "--device", "hailo-8", "--device", "Ryzen AI 300")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    hailo, ryzen = (
+        estimate(workload(torch_digits.model, torch_digits.plan, 8, 8), DEVICES[name])
+        for name in ("Hailo-8", "Ryzen AI 300")
+    )
+    page = " ".join(result.stdout.split())
+    assert f"model.onnx: {workload(torch_digits.model, torch_digits.plan, 8, 8).macs:,} MACs per sample" in page
+    assert "modelled, not measured; batch 1" in page
+    latency = f"{1e3 * hailo.latency_s:.3g} {hailo.throughput_hz:,.0f} - compute extrapolated"
+    assert f"Hailo-8 {latency}" in page
+    # a peak is a bound, which no real network reaches
+    assert (
+        f"Ryzen AI 300 > {1e3 * ryzen.latency_s:.3g} < {ryzen.throughput_hz / 1e6:.3g} M - compute upper bound" in page
+    )
+    notes = notes_of(result.stdout.split("\n(2)")[0])
+    assert set(notes.values()) == {*hailo.sources, *ryzen.sources}
+    assert list(notes) == [str(number) for number in range(1, len(notes) + 1)]
+    assert f"1-{len(hailo.sources)}" in page
+    assert "measured on this machine" not in page
+
+
+def test_cost_of_a_network_like_the_measured_ones_has_a_band(tmp_path: Path) -> None:
+    text = "(float[n,3,224,224] x) => (float[] y) { y = Conv<pads = [1, 1, 1, 1]>(x, w) }"
+    file = save(build(text, {"w": normal(70, 3, 3, 3)}), tmp_path)
+    page = " ".join(invoke("cost", file, "--device", "Hailo-8").stdout.split())
+    (found,) = json.loads(invoke("cost", file, "--device", "Hailo-8", "--json").stdout)["estimates"]
+    low, high = found["throughput_band_hz"]
+    assert low < found["throughput_hz"] < high
+    assert f" {found['throughput_hz']:,.0f} {low:,.0f} to {high:,.0f} compute fitted " in page
+
+
+def test_cost_measures_the_model_and_a_file_on_the_same_samples(
+    short_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def measured(model: Any, inputs: Any) -> Measured:
+        timed.append((model, inputs["image"]))
+        latency = 4e-3 if len(timed) == 1 else 1e-3
+        return Measured(latency, latency / 2, latency * 2, 8 / latency, 8, 100, "a processor", 2)
+
+    monkeypatch.setattr("onnxqt.cli.edge.measure", measured)
+    file = short_run.scheme_file("w8a8-sym-pc")
+    arguments = ("--measure", "--file", file, "--data", short_run.digits.calib, "--batch", 8)
+    result = invoke("cost", short_run.digits.file, *arguments, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads(result.stdout)
+    jsonschema.validate(content, COST_SCHEMA)
+    first, second = content["measured"]
+    assert (first["name"], second["name"]) == ("model.onnx", "w8a8-sym-pc.onnx")
+    assert (first["times_as_fast"], second["times_as_fast"]) == (1, 4)
+    assert (first["sha256"], second["sha256"]) == (short_run.digits.model.sha256, file_sha256(file))
+    assert content["measured_on"] == "samples"
+    assert timed[1][0] == file
+    with np.load(short_run.digits.calib / "000.npz") as arrays:
+        expected = arrays["image"][:8]
+    for _, image in timed:
+        np.testing.assert_array_equal(image, expected)
+    timed.clear()
+    page = " ".join(invoke("cost", short_run.digits.file, *arguments).stdout.split())
+    assert "measured on this machine: a processor, 2 logical processors" in page
+    assert "model.onnx 4 2 to 8 2,000 100 1.00" in page
+    assert "1 0.5 to 2 8,000 100 4.00" in page
+
+
+def test_cost_measures_really_without_samples(tmp_path: Path) -> None:
+    file = save(
+        build(
+            "(float[n,4] x, int64[n,4] i) => (float[] y) { c = Cast<to = 1>(i) a = Add(x, c) y = MatMul(a, w) }",
+            {"w": normal(4, 3)},
+        ),
+        tmp_path,
+    )
+    result = invoke("cost", file, "--measure", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    content = json.loads(result.stdout)
+    jsonschema.validate(content, COST_SCHEMA)
+    (timing,) = content["measured"]
+    assert (timing["batch"], timing["times_as_fast"], timing["evidence"]) == (1, 1, "measured")
+    assert content["measured_on"] == "random numbers"
+
+
+def test_cost_says_what_is_not_counted(tmp_path: Path) -> None:
+    text = "(float[n,4] x, float[n,k,4] z) => (float[] y, float[] v) { y = Gemm(x, w) v = MatMul(z, w) }"
+    file = save(build(text, {"w": normal(4, 6)}), tmp_path)
+    result = invoke("cost", file, "--device", "RK3588")
+    assert result.exit_code == 0
+    assert re.search(r"^not counted: MatMul '.*is unknown$", result.stdout, re.MULTILINE)
+
+
 def test_interrupt_is_one_line(torch_digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onnxqt.cli.ingest", interrupt)
+    monkeypatch.setattr("onnxqt.cli.survey.ingest", interrupt)
     result = invoke("inspect", torch_digits.file)
     assert result.exit_code == 1
     assert result.stderr == "Interrupted: files already written are complete.\n"

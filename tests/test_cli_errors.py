@@ -360,3 +360,84 @@ def test_verify_below_a_file_cannot_write(torch_digits: Digits, tmp_path: Path) 
 
 def test_unknown_profile_to_show(tmp_path: Path) -> None:
     check_failure(invoke("profiles", "tpu"), 2, "unknown profile 'tpu': give a TOML file or one of", tmp_path / "out")
+
+
+COST_FAILURES: dict[str, tuple[Callable[[Place], Arguments], int, str]] = {
+    "no-model": (lambda place: [place.folder / "no.onnx"], 1, r"no\.onnx' is not a file: give"),
+    "quantized-model": (lambda place: [quantized(place)], 1, r"broken\.onnx.*quantized"),
+    "unknown-device": (
+        lambda place: [place.digits.file, "--device", "Hailo-9"],
+        2,
+        "unknown device 'Hailo-9': give one of Hailo-8, Hailo-8L, ",
+    ),
+    "weight-bits": (lambda place: [place.digits.file, "--weight-bits", 1], 2, "--weight-bits is 1: give 2 to 16"),
+    "activation-bits": (
+        lambda place: [place.digits.file, "--activation-bits", 17],
+        2,
+        "--activation-bits is 17: give 2 to 16",
+    ),
+    "batch": (lambda place: [place.digits.file, "--batch", 2], 2, "--batch is 2: give 1 or 8, for which measurements"),
+    "file-without-measure": (
+        lambda place: [place.digits.file, "--file", place.digits.file],
+        2,
+        "--file is for what is measured: add --measure",
+    ),
+    "data-without-measure": (
+        lambda place: [place.digits.file, "--data", place.digits.calib],
+        2,
+        "--data is for what is measured: add --measure",
+    ),
+    "no-file": (
+        lambda place: [place.digits.file, "--measure", "--file", place.folder / "no.onnx"],
+        1,
+        r"no\.onnx' is not a file: give the path of a quantized ONNX model",
+    ),
+    "not-a-file": (
+        lambda place: [place.digits.file, "--measure", "--file", place.file(b"text")],
+        1,
+        r"broken\.onnx': ONNX Runtime cannot run the model",
+    ),
+    "file-of-another-network": (
+        lambda place: [place.digits.file, "--measure", "--file", other_inputs(place)],
+        1,
+        r"other\.onnx': the model fails on these inputs: .*picture",
+    ),
+    "no-data": (
+        lambda place: [place.digits.file, "--measure", "--data", place.folder / "no"],
+        1,
+        "no does not exist; pass a directory",
+    ),
+    "few-samples": (
+        lambda place: [place.digits.file, "--measure", "--batch", 8, "--data", place.data(image=place.image)],
+        1,
+        "has 4 samples, --batch needs 8: give more",
+    ),
+    "free-dimension": (
+        lambda place: [free_dimension(place), "--measure"],
+        1,
+        "input 'z' has a free dimension: give samples with --data",
+    ),
+    "no-macs": (
+        lambda place: [save(build("(float[n,4] x) => (float[] y) { y = Relu(x) }", {}), place.folder)],
+        1,
+        "no layer whose multiply-accumulates are known",
+    ),
+}
+
+
+def other_inputs(place: Place) -> Path:
+    text = "(float[n,1,8,8] picture) => (float[] logits) { logits = Conv(picture, w) }"
+    return save(build(text, {"w": normal(4, 1, 3, 3)}), place.folder, "other.onnx")
+
+
+def free_dimension(place: Place) -> Path:
+    text = "(float[n,4] x, float[n,k,4] z) => (float[] y, float[] v) { y = Gemm(x, w) v = MatMul(z, w) }"
+    return save(build(text, {"w": normal(4, 6)}), place.folder)
+
+
+@pytest.mark.parametrize("name", COST_FAILURES)
+def test_cost_fails_with_one_line(name: str, torch_digits: Digits, tmp_path: Path) -> None:
+    place = Place(torch_digits, tmp_path / "in")
+    place.folder.mkdir()
+    prepare, exit_code, message = COST_FAILURES[name]
+    check_failure(invoke("cost", *prepare(place)), exit_code, message, tmp_path / "out")

@@ -12,7 +12,7 @@ from conftest import Digits
 from helpers import BATCH, SAMPLES, build, ingested, inputs_of, normal, operators, run, snr_db
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from onnxqt.calibrate import RangeTable, calibrate, power_of_two_above, tensors_of
+from onnxqt.calibrate import RangeMethod, RangeTable, calibrate, power_of_two_above, tensors_of
 from onnxqt.compiler import ABSENT, compile_model, compiler_plan, grids_of
 from onnxqt.data import open_samples
 from onnxqt.errors import CalibrationError
@@ -121,6 +121,18 @@ def calibrated(net: str) -> Calibrated:
     return Calibrated(original, model, calibrate(model, tensors_of(plans), samples, BATCH), inputs_of(original, 8))
 
 
+def file_of(net: str, name: str, precision: str) -> ModelProto:
+    """The file of a profile, made once: read only."""
+    return file_with(net, name, precision, PROFILES[name].policy.ranges)
+
+
+@functools.cache
+def file_with(net: str, name: str, precision: str, ranges: RangeMethod) -> ModelProto:
+    """The same with clips of another kind."""
+    policy = replace(PROFILES[name].policy, ranges=ranges)
+    return calibrated(net).compiled(policy, parse_precision(precision))
+
+
 def plan_of(text: str, constants: Mapping[str, Array], policy: Policy) -> QuantPlan:
     return compiler_plan(ingested(build(text, constants)), policy)
 
@@ -169,7 +181,7 @@ def test_a_compiled_file_is_near_the_float_model(net: str, name: str, precision:
     """With clips from the extreme values: other clips need more samples than these models are calibrated on."""
     case, asked = calibrated(net), parse_precision(precision)
     policy = replace(PROFILES[name].policy, ranges="minmax")
-    model = case.compiled(policy, asked)
+    model = file_with(net, name, precision, "minmax")
     onnx.checker.check_model(model, full_check=True)
     assert model.opset_import[0].version <= 21
     expected = run(case.original, case.inputs)
@@ -202,7 +214,8 @@ def test_the_digits_keep_their_classes(torch_digits: Digits, profile: Profile) -
 def test_the_same_model_gives_the_same_bytes(net: str, name: str, precision: str) -> None:
     case, asked, policy = calibrated(net), parse_precision(precision), PROFILES[name].policy
     before = case.model.proto.SerializeToString(deterministic=True)
-    first, second = (case.compiled(policy, asked).SerializeToString(deterministic=True) for _ in range(2))
+    files = file_of(net, name, precision), case.compiled(policy, asked)
+    first, second = (file.SerializeToString(deterministic=True) for file in files)
     assert first == second
     assert case.model.proto.SerializeToString(deterministic=True) == before
 
@@ -266,7 +279,7 @@ def test_activations_obey_the_policy(net: str, name: str, precision: str) -> Non
     """With clips from the extreme values every scale follows from what was seen."""
     case, asked = calibrated(net), parse_precision(precision)
     policy = replace(PROFILES[name].policy, ranges="minmax")
-    plan, found = compiler_plan(case.model, policy), quantizers(case.compiled(policy, asked))
+    plan, found = compiler_plan(case.model, policy), quantizers(file_with(net, name, precision, "minmax"))
     if asked.dynamic:
         assert not found
         return
@@ -386,7 +399,7 @@ def test_only_average_pool_keeps_its_input_grid() -> None:
 @EACH_CASE
 def test_weights_obey_the_policy(net: str, name: str, precision: str) -> None:
     case, asked, policy = calibrated(net), parse_precision(precision), PROFILES[name].policy
-    plan, model = compiler_plan(case.model, policy), case.compiled(policy, asked)
+    plan, model = compiler_plan(case.model, policy), file_of(net, name, precision)
     high = 2 ** (asked.weight_bits - 1) - 1
     low = -high if policy.weights_narrow else -high - 1
     if policy.weights_float:

@@ -352,6 +352,11 @@ def test_only_what_was_measured_is_fitted_and_no_rate_exceeds_the_peak() -> None
 
 def test_assumptions_are_called_so() -> None:
     assert "assumption" in ASSUMED_HOST.source
+    outside = "memory on the chip: no source, so all bytes are taken to pass through memory outside of it"
+    load = chain(layer("a", 1))
+    assert outside in estimate(load, device()).sources
+    assert outside not in estimate(load, device(sram=Figure(1, "hand"))).sources
+    assert outside not in estimate(load, device(no_dram="hand")).sources
     wide = dataclasses.replace(chain(layer("a", 1)), activation_bits=16)
     assert any("assumption, at the rate of 8 bits" in line for line in estimate(wide, device()).sources)
 

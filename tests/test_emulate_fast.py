@@ -214,7 +214,8 @@ class Branches:
 GROUPS = ("convolutions", "matrices", "pairs", "activations", "averages", "moves", "runtime_moves")
 
 
-def branches(kind: str, pow2: bool, weights: str, groups: Sequence[str] = GROUPS, seed: int = 0) -> ModelProto:
+@functools.cache
+def branches(kind: str, pow2: bool, weights: str, groups: tuple[str, ...] = GROUPS, seed: int = 0) -> ModelProto:
     writer = Branches(kind, pow2, weights, seed)
     for group in groups:
         getattr(writer, group)()
@@ -247,7 +248,7 @@ def same_codes(programs: tuple[Program, Program], inputs: Mapping[str, Array]) -
 def test_every_operator_gives_the_codes_of_the_definition(
     kind: str, weights: str, pow2: bool, arithmetic: Arithmetic
 ) -> None:
-    groups = [group for group in GROUPS if group != "runtime_moves" or kind[1] == "8"]
+    groups = tuple(group for group in GROUPS if group != "runtime_moves" or kind[1] == "8")
     model = branches(kind, pow2, weights, groups)
     codes = same_codes(both(model, arithmetic), feed(model, 2))
     if kind[1] == "8":

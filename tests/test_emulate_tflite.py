@@ -7,6 +7,7 @@ computed a second time, one value at a time, with Python integers and fractions.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from onnxqt import requantize
-from onnxqt.emulate.kernels import add, hardswish, leaky, multiply, pooling, softmax
+from onnxqt.emulate.kernels import add, hardswish, leaky, multiply, pooling, resize, softmax, tables
 from onnxqt.emulate.kernels.windows import Window
 from onnxqt.numerics import Array, Grid, IntArray, QParams
 from onnxqt.profiles import Arithmetic
@@ -62,7 +63,7 @@ def codes(seed: int, shape: tuple[int, ...], grid: Grid = S8) -> IntArray:
 
 
 def half_up(x: Fraction) -> int:
-    return math.floor(x + Fraction(1, 2))
+    return (2 * x.numerator + x.denominator) // (2 * x.denominator)
 
 
 def half_away(x: Fraction) -> int:
@@ -78,8 +79,11 @@ def f32(x: Fraction | int) -> Fraction:
     if x == 0:
         return Fraction(0)
     exponent = math.frexp(float(x))[1] - 24
-    unit = Fraction(2) ** exponent
-    return round(Fraction(x) / unit) * unit
+    up, down = max(exponent, 0), max(-exponent, 0)
+    over, under = x.numerator << down, x.denominator << up  # x in units of the last place
+    whole, rest = divmod(over, under)
+    whole += 2 * rest > under or (2 * rest == under and whole % 2)
+    return Fraction(whole << up, 1 << down)
 
 
 def exact(value: Any) -> Fraction:
@@ -239,6 +243,8 @@ def meant(rule: str, values: list[int], params: list[QParams], channel: tuple[in
         return half_even(f32(f32(f32(total) * factor) + f32(z - f32(f32(n * z_in) * factor))))
     if rule == "float":
         return half_away(f32(f32(f32(f32(centred) * s_in) / n) / s)) + z
+    if rule == "tosa":
+        return once_rounded(centred, fixed(exact(float(s_in) * (1 / n) / float(s)))) + z
     if rule == "ruy" and channel is not None:
         moved = f32(f32(z_in * s_in) / s)
         offset = z - int(f32(moved + Fraction(1 if moved > 0 else -1, 2)))
@@ -280,6 +286,10 @@ def leaked(rule: str, code: int, alpha: Fraction, params: list[QParams]) -> int:
     below = f32(ratio * alpha)
     if rule == "xnnpack" and Fraction(1, 256) <= ratio <= 128 and Fraction(1, 256) <= abs(below) <= 127:
         return half_up(Fraction(x * half_even((ratio if x >= 0 else below) * 256), 256)) + z
+    if rule == "tosa":
+        size = Fraction(1) if x >= 0 else abs(alpha)
+        steps = once_rounded(x, fixed(exact(float(s_in * size) / float(s))))  # the product is exact in float64
+        return (-steps if x < 0 and alpha < 0 else steps) + z
     if x >= 0:
         return twice_rounded(x, fixed(ratio)) + z
     slope = f32(f32(s_in * alpha) / s)
@@ -429,6 +439,99 @@ def check_hard_swish(rule: str) -> None:
         same(found, (hard_swish_fixed(int(code), [source, target]) for code in every))
 
 
+# Bilinear resizing
+
+SIZES = (((5, 7), (10, 14)), ((5, 7), (11, 9)), ((5, 7), (3, 4)), ((9, 8), (4, 1)), ((2, 1), (7, 5)), ((6, 6), (6, 6)))
+
+
+def place_tflite(i: int, size: int, out: int, coordinates: str) -> tuple[Fraction, int, int]:
+    """(weight of the element after, element before, element after), all in steps of 1/1024; C division."""
+    corners = int(coordinates == "align_corners" and out > 1)
+    scale = (1024 * (size - corners) + (out - corners) // 2) // (out - corners)
+    at = i * scale + (scale // 2 - 512 if "half_pixel" in coordinates else 0)
+    before = max(math.trunc(Fraction(at, 1024)), 0)
+    return Fraction(at - 1024 * before, 1024), before, min(math.trunc(Fraction(at + 1023, 1024)), size - 1)
+
+
+def place_xnnpack(i: int, size: int, out: int, coordinates: str) -> tuple[Fraction, int, int]:
+    """The same in float32, the weight in steps of 1/2048."""
+    corners = int(coordinates == "align_corners" and out > 1)
+    scale = f32(Fraction(size - corners, out - corners))
+    at = f32(i * scale)
+    if "half_pixel" in coordinates:
+        at = f32(at + f32(scale / 2 - Fraction(1, 2)))
+    at = min(max(at, Fraction(0)), Fraction(size - 1))
+    before = math.floor(at)
+    return Fraction(round((at - before) * 2048), 2048), before, min(before + 1, size - 1)
+
+
+def resized(rule: str, image: Array, sizes: tuple[int, int], coordinates: str) -> Iterator[int]:
+    """Codes of one channel, row by row; every sum is exact, and rounded once."""
+    place, last = {"tflite": (place_tflite, half_away), "xnnpack": (place_xnnpack, half_up)}[rule]
+    for i in range(sizes[0]):
+        v, up, down = place(i, image.shape[0], sizes[0], coordinates)
+        for j in range(sizes[1]):
+            h, left, right = place(j, image.shape[1], sizes[1], coordinates)
+            top = int(image[up, left]) * (1 - h) + int(image[up, right]) * h
+            bottom = int(image[down, left]) * (1 - h) + int(image[down, right]) * h
+            yield last(top * (1 - v) + bottom * v)
+
+
+def check_resize(rule: str) -> None:
+    for seed, (size, sizes) in enumerate(SIZES):
+        x = codes(seed, (2, 3, *size))
+        for coordinates in resize.COORDINATES:
+            found = resize.BILINEAR_RULES[rule](x, sizes, coordinates)
+            assert found.shape == (2, 3, *sizes)
+            same(found, (code for row in x for image in row for code in resized(rule, image, sizes, coordinates)))
+
+
+# Tables
+
+
+def moved(rule: str, code: int, params: list[QParams]) -> int:
+    """A code of one grid on another."""
+    (s_in, z_in), (s, z) = numbers(params)
+    if rule == "xnnpack":
+        return half_up(Fraction((code - z_in) * half_even(256 * f32(s_in / s)), 256)) + z
+    real = f32((code - z_in) * s_in)
+    if rule == "ort":
+        return half_even(f32(real / s)) + z
+    grid = params[1].grid
+    low, high = (f32((end - z) * s) for end in (grid.qmin, grid.qmax))
+    steps, span = grid.qmax - grid.qmin, f32(high - low)
+    shift = f32(f32(f32(-low * steps) / span) + grid.qmin)
+    return half_even(f32(f32(real * f32(steps / span)) + shift))
+
+
+def check_transfer(rule: str) -> None:
+    for places in PLACES:
+        source, target, other = places.params
+        for a, b in ((source, target), (other, source), (source, other)):
+            found = tables.TRANSFER_RULES[rule](a, b)
+            same(found, (moved(rule, code, [a, b]) for code in range(-128, 128)))
+
+
+def entry(rule: str, real: Fraction, target: QParams) -> int:
+    """The code of a value of a function."""
+    ((s, z),) = numbers([target])
+    inverse = f32(1 / s)
+    if rule == "xnnpack":
+        return half_even(f32(f32(real * inverse) + z))
+    if rule == "tflite":
+        return half_away(f32(real * inverse)) + z
+    return {"even": half_even, "away": half_away, "up": half_up}[rule](f32(real / s)) + z
+
+
+def check_table(rule: str) -> None:
+    """Ties, values beyond the grid, and random values."""
+    for seed, places in enumerate(PLACES):
+        target = places.params[2]
+        steps = np.concatenate([np.arange(-280, 281) / 2, np.random.default_rng(seed).normal(0, 90, 200)])
+        real = steps.astype(np.float32) * target.scale
+        same(tables.TABLE_RULES[rule](real, target), (entry(rule, exact(value), target) for value in real))
+
+
 CHECKS: dict[str, tuple[Callable[[str], None], Any]] = {
     "add": (check_add, add.RULES),
     "multiply": (check_multiply, multiply.RULES),
@@ -437,6 +540,9 @@ CHECKS: dict[str, tuple[Callable[[str], None], Any]] = {
     "leaky": (check_leaky, leaky.RULES),
     "prelu": (check_prelu, leaky.PRELU_RULES),
     "softmax": (check_softmax, softmax.RULES),
+    "resize": (check_resize, resize.BILINEAR_RULES),
+    "transfer": (check_transfer, tables.TRANSFER_RULES),
+    "table": (check_table, tables.TABLE_RULES),
 }
 EVERY_RULE = pytest.mark.parametrize(
     ("kernel", "rule"), [(kernel, rule) for kernel, (_, rules) in CHECKS.items() for rule in rules]
@@ -505,6 +611,9 @@ PRIMITIVES = [
     ("average", "tosa", pooling, "shift_half_up", lambda values, shift: values >> shift),
     ("average", "dpu", pooling, "shift_half_up", requantize.rounding_divide_by_power_of_two),
     ("softmax", "tflite", softmax, "rounding_divide_by_power_of_two", lambda values, shift: values >> shift),
+    ("mean", "tosa", requantize, "shift_half_up", requantize.rounding_divide_by_power_of_two),
+    ("leaky", "tosa", requantize, "shift_half_up", requantize.rounding_divide_by_power_of_two),
+    ("transfer", "xnnpack", tables, "shift_half_up", requantize.rounding_divide_by_power_of_two),
 ]
 
 
@@ -518,6 +627,30 @@ def test_tie_that_goes_the_other_way_is_caught(
 
 
 # What one rule alone promises
+
+
+@pytest.mark.parametrize("rule", resize.BILINEAR_RULES)
+@pytest.mark.parametrize("coordinates", resize.COORDINATES)
+def test_resized_codes_are_near_the_real_mean(rule: str, coordinates: str) -> None:
+    """Positions by ONNX's definition, in float64; steps of 1/1024 are no more than that off, at each of 5 columns."""
+    x, (rows, columns) = codes(1, (1, 1, 4, 5)), (9, 7)
+
+    def weights(size: int, out: int) -> Array:
+        places = np.arange(out) * (size - 1) / (out - 1)
+        if coordinates != "align_corners":
+            places = np.arange(out) * size / out + ((size / out - 1) / 2 if "half_pixel" in coordinates else 0)
+        return np.asarray(np.maximum(0, 1 - np.abs(np.clip(places, 0, size - 1)[:, None] - np.arange(size))))
+
+    real = weights(4, rows) @ x[0, 0] @ weights(5, columns).T
+    found = resize.BILINEAR_RULES[rule](x, (rows, columns), coordinates)[0, 0]
+    assert np.abs(found - real).max() <= 0.5 + 255 * (4 + 5) / 1024
+
+
+def test_resize_does_not_read_beyond_the_last_element() -> None:
+    """33 * 1024 / 513, rounded up, times 512 is 33 * 1024: behind the last of 33 elements."""
+    x = codes(2, (1, 1, 2, 33))
+    found = resize.bilinear_tflite(x, (2, 513), "asymmetric")
+    np.testing.assert_array_equal(found[..., -1], x[..., -1])
 
 
 @pytest.mark.parametrize("rule", add.RULES)
@@ -628,6 +761,58 @@ def test_hard_swish_is_not_the_rounded_function() -> None:
 def test_hard_swish_refuses_a_result_finer_than_its_16_bits() -> None:
     with pytest.raises(ValueError, match=r"output scale over 1/128 of the input's, got 0\.001 for 0\.5"):
         hardswish.hard_swish(codes(1, (4,)), qparams(0.5, 0), qparams(0.001, 0))
+
+
+def decimal_of(name: str, x: float) -> Decimal:
+    """The real function with 60 digits: exp of `decimal`, and the Taylor series of erf."""
+    value = Decimal(x)
+    if name == "Sigmoid":
+        return 1 / (1 + (-value).exp())
+    if name == "Tanh":
+        return 1 - 2 / ((2 * value).exp() + 1)
+    z = value * Decimal("0.5").sqrt()
+    term, total, n = z, z, 0
+    while abs(term) > Decimal("1e-55"):
+        n += 1
+        term = -term * z * z / n
+        total += term / (2 * n + 1)
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
+    return value / 2 * (1 + 2 / pi.sqrt() * total)
+
+
+@pytest.mark.parametrize(("name", "roundings"), [("Tanh", 1), ("Sigmoid", 3), ("Gelu", 3)])
+def test_function_is_the_real_one_but_for_its_roundings(name: str, roundings: int) -> None:
+    """Each rounding is 2^-24 of the value: of Sigmoid its exp, sum and quotient; of Gelu its erfc and product.
+
+    The argument of Gelu is rounded twice, which above zero changes erfc by 2 * 0.48 of that at most. Below zero it
+    grows with the slope of erfc: see the next test.
+    """
+    x = np.concatenate([np.arange(-160, 160) / 16, np.random.default_rng(1).normal(0, 4, 300)]).astype(np.float32)
+    x = x[(np.abs(x) < 10) & (x >= (0 if name == "Gelu" else -10))]
+    with localcontext() as context:
+        context.prec = 80
+        for value, found in zip(x, tables.FUNCTIONS[name](x), strict=True):
+            real = decimal_of(name, float(value))
+            assert abs(Decimal(float(found)) - real) <= abs(real) * roundings * Decimal(2.0**-24), float(value)
+
+
+def test_gelu_below_zero_is_near_the_real_function() -> None:
+    x = (-np.arange(1, 120) / 16).astype(np.float32)
+    with localcontext() as context:
+        context.prec = 80
+        real = np.array([float(decimal_of("Gelu", float(value))) for value in x])
+    assert np.abs(tables.gelu(x) - real).max() <= 2.0**-24
+    t = -x * np.float32(math.sqrt(0.5))  # given its own argument it is one ulp off at most
+    own = np.array([0.5 * float(a) * math.erfc(float(b)) for a, b in zip(x, t, strict=True)])
+    assert (np.abs(tables.gelu(x) - own) <= np.spacing(np.abs(own.astype(np.float32)))).all()
+
+
+@pytest.mark.parametrize("name", tables.FUNCTIONS)
+def test_function_far_from_zero_is_finite(name: str) -> None:
+    found = tables.FUNCTIONS[name](np.array([-1e4, -100, 100, 1e4], np.float32))
+    low, top = {"Gelu": (0, 1e4), "Sigmoid": (0, 1), "Tanh": (-1, 1)}[name]
+    np.testing.assert_allclose(found[[0, 1, 3]], [low, low, top], rtol=0, atol=2.0**-100)
+    assert found.dtype == np.float32
 
 
 SOURCE_SCALE = np.array(0.37, np.float32)

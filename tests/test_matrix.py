@@ -13,14 +13,16 @@ import pytest
 from conftest import ROOT, Digits
 from helpers import build, ingested, inputs_of, normal, snr_db
 
-from onnxqt import matrix as module
 from onnxqt.calibrate import calibrate, make_quantizers
 from onnxqt.compiler import compile_model, compiler_plan
 from onnxqt.data import Batch, Samples, open_samples
 from onnxqt.emulate import load_program
+from onnxqt.emulate.logarithmic import nearest_levels
 from onnxqt.errors import EmulatorError, ModelError, UsageError
 from onnxqt.export import quantized_model
-from onnxqt.matrix import DYNAMIC, Cell, Matrix, Subject, Task, advice_for, make_matrix
+from onnxqt.matrix import DYNAMIC, Cell, Matrix, Subject, Task, advice_for, files, make_matrix, run
+from onnxqt.matrix.advice import _ADVICE
+from onnxqt.matrix.run import open_run
 from onnxqt.model import GraphIndex, Model, input_specs
 from onnxqt.numerics import Array, dequantize
 from onnxqt.plan import make_plan
@@ -31,6 +33,7 @@ from onnxqt.schemes import parse_scheme
 SCHEMA = json.loads((ROOT / "onnxqt" / "matrix.schema.json").read_text())
 W8A8 = Precision(8, 8)
 ORT = PROFILES["ort_cpu"]
+TFLITE = PROFILES["tflite_ref"]
 
 
 def profile(name: str, operators: tuple[str, ...] = ORT.policy.operators, **arithmetic: Any) -> Profile:
@@ -80,9 +83,9 @@ def pair(torch_digits: Digits) -> dict[str, Model]:
 def done(
     pair: dict[str, Model], torch_digits: Digits, labelled: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Matrix, Path]:
-    """Two models on two back ends, at all that they do unasked."""
+    """Two models on three back ends, at all that they do unasked."""
     path = tmp_path_factory.mktemp("matrix") / "matrix.json"
-    profiles = (ORT, PROFILES["ncnn_sym"])
+    profiles = (TFLITE, ORT, PROFILES["ncnn_sym"])
     task = task_of(pair, torch_digits.samples, profiles, (), evaluation=labelled)
     task.check()
     return make_matrix(task, path), path
@@ -98,26 +101,35 @@ def result(matrix: Matrix, model: str, name: str, column: str = "w8a8") -> dict[
 # --- what a cell holds ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", [W8A8, Precision(4, 8), Precision(8, 8, True)], ids=str)
+DYNAMIC_W8A8 = Precision(8, 8, True)
+DONE = {
+    f"{device.name}-{column}": (device, column)
+    for device, columns in ((TFLITE, (W8A8, Precision(4, 8), DYNAMIC_W8A8)), (ORT, (W8A8, DYNAMIC_W8A8)))
+    for column in columns
+}
+
+
+@pytest.mark.parametrize("name", DONE)
 @pytest.mark.parametrize("model", ["before", "after"])
 def test_cell_is_the_compilers_file_in_the_arithmetic_of_the_device(
     model: str,
-    column: Precision,
+    name: str,
     done: tuple[Matrix, Path],
     torch_digits: Digits,
     pair: dict[str, Model],
     labelled: Samples,
 ) -> None:
-    subject, policy = pair[model], ORT.policy
+    device, column = DONE[name]
+    subject, policy = pair[model], device.policy
     plan = compiler_plan(subject, policy)
     ranges = calibrate(subject, plan, torch_digits.samples)
-    program = load_program(compile_model(subject, ranges, plan, policy, column), ORT.arithmetic)
+    program = load_program(compile_model(subject, ranges, plan, policy, column), device.arithmetic)
     (batch,) = labelled.batches(80)
     expected = Session(pair["before"].proto).run(batch.inputs)["logits"]
     # Batches of the size that the cell is computed with: float sums and run-time scales depend on it.
     found = np.concatenate([program.run(part.inputs)["logits"] for part in labelled.batches(16)])
     assert batch.labels is not None
-    cell = result(done[0], model, "ort_cpu", str(column))
+    cell = result(done[0], model, device.name, str(column))
     assert cell["metrics"] == {"top1": np.mean(found.argmax(axis=1) == batch.labels)}
     assert cell["fidelity"]["agreement"] == np.mean(found.argmax(axis=1) == expected.argmax(axis=1))
     # float32 sums of the float model depend on the size of its batches
@@ -142,14 +154,13 @@ def test_a_precision_is_asked_of_the_profiles_that_have_it() -> None:
 
 def test_scheme_is_the_exported_file_in_the_arithmetic_of_the_device(torch_digits: Digits, tmp_path: Path) -> None:
     scheme, model, samples = parse_scheme("w4a8-sym-pc"), torch_digits.model, torch_digits.samples
-    tflite = PROFILES["tflite_ref"]
-    task = task_of({"m": model}, samples, (ORT, tflite), (), schemes=(scheme,))
+    task = task_of({"m": model}, samples, (ORT, TFLITE), (), schemes=(scheme,))
     matrix = make_matrix(task, tmp_path / "m.json")
     plan = make_plan(model)
     ranges = calibrate(model, plan, samples)
     file = quantized_model(model, plan, make_quantizers(model, plan, ranges, scheme, "mse"))
     expected = Session(model.proto).run(torch_digits.inputs)["logits"]
-    for device in (ORT, tflite):
+    for device in (ORT, TFLITE):
         found = load_program(file, device.arithmetic).run(torch_digits.inputs)["logits"]
         cell = result(matrix, "m", device.name, "w4a8-sym-pc")
         assert cell["fidelity"]["snr_db"] == pytest.approx(snr_db(found, expected), rel=0, abs=1e-3)
@@ -235,6 +246,61 @@ def test_the_costliest_island_is_named_by_what_can_be_changed(tmp_path: Path) ->
     assert cell["boundaries"] == 4
 
 
+TAIL = """(float[n,2,6,6] x) => (float[] y) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w)  g = Neg(a)  h = HardSwish(g)  b = Conv<strides = [2, 2]>(h, v)
+    p = GlobalAveragePool(b)  f = Flatten(p)  y = Gemm(f, m)
+}"""
+
+
+@pytest.fixture
+def tail() -> Model:
+    weights = {"w": normal(3, 2, 3, 3, seed=1), "v": normal(5, 3, 3, 3, seed=2), "m": normal(5, 4, seed=3)}
+    return ingested(build(TAIL, weights))
+
+
+def test_a_back_end_that_stops_says_at_which_node(tail: Model, tmp_path: Path) -> None:
+    """Advice for HardSwish, which comes behind, would not let it go on."""
+    edgetpu = PROFILES["edgetpu"]
+    cell = result(make_matrix(task_of({"m": tail}, samples_of(tail), (edgetpu,)), tmp_path / "m.json"), "m", "edgetpu")
+    neg, *behind = cell["float_nodes"]
+    assert neg["reason"] == "Neg is not among the operators that the back end runs on integers"
+    assert [node["op_type"] for node in behind] == ["HardSwish", "Conv", "GlobalAveragePool", "Flatten", "Gemm"]
+    assert {node["reason"] for node in behind} == {f"follows '{neg['node']}', where the back end stops"}
+    assert cell["costliest"] == {**neg, "values_per_sample": 3 * 36, "advice": None}
+    assert cell["boundaries"] == 1
+    first, second, dense = 3 * 36 * 18, 5 * 4 * 27, 5 * 4
+    assert cell["integer_macs"] == first / (first + second + dense)
+
+
+def test_levels_that_are_no_codes_are_compared_like_codes(tail: Model, tmp_path: Path) -> None:
+    nnie, samples = PROFILES["nnie_log"], samples_of(tail)
+    cell = result(make_matrix(task_of({"m": tail}, samples, (nnie,)), tmp_path / "m.json"), "m", "nnie_log")
+    plan = compiler_plan(tail, nnie.policy)
+    file = compile_model(tail, calibrate(tail, plan, samples), plan, nnie.policy, W8A8)
+    (batch,) = samples.batches(48)
+    inside = [site.tensor for site in plan.activations if site.tensor not in tail.graph.inputs]
+    real = {**batch.inputs, **Session(with_outputs(tail.proto, inside)).run(batch.inputs)}
+    found = load_program(file, nnie.arithmetic).run(batch.inputs)["y"]
+    assert cell["fidelity"]["snr_db"] == pytest.approx(snr_db(found, real["y"]), rel=0, abs=1e-3)
+    assert cell["boundaries"] == 2  # before Neg, behind HardSwish
+    assert cell["integer_macs"] == 1
+    worst = cell["worst_layer"]
+    assert worst["tensor"] in inside
+    assert worst["snr_db"] <= cell["fidelity"]["snr_db"] + 1e-3  # the output is one of the tensors
+    # What the first two tensors hold, by the formula of the levels.
+    scales = {node.input[0]: node.input[1] for node in file.graph.node if node.op_type == "QuantizeLinear"}
+    constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in file.graph.initializer}
+    largest = {name: 127 * float(constants[scales[name]]) for name in ("x", "a")}
+    weight = tail.graph.constant("w")
+    assert weight is not None
+    leveled = tail.with_weights({"w": nearest_levels(weight, float(np.abs(weight).max()))})
+    x = nearest_levels(batch.inputs["x"], largest["x"])
+    a = Session(with_outputs(leveled.proto, ["a"])).run({"x": x})["a"]
+    values = open_run(file, plan, nnie, W8A8).values(batch.inputs, ("x", "a"))
+    np.testing.assert_array_equal(values["x"], x)
+    np.testing.assert_array_equal(values["a"], nearest_levels(a, largest["a"]))
+
+
 def test_dynamic_scales_leave_all_but_products_float(gated: Model, tmp_path: Path) -> None:
     dynamic = (Precision(8, 8, True),)
     task = task_of({"m": gated}, samples_of(gated), (PROFILES["tflite_ref"],), dynamic)
@@ -286,7 +352,7 @@ def test_tensors_without_bounds_stay_float(tmp_path: Path) -> None:
 
 def cell_of(model: str, name: str, top1: float | None) -> Cell:
     found = None if top1 is None else {"metrics": {"top1": top1}}
-    return Cell(model, name, "w8a8", "", 0.0, found, "broken" if top1 is None else None)
+    return Cell(model, name, "w8a8", "", found, "broken" if top1 is None else None)
 
 
 def test_summary_is_over_the_cells_that_no_model_failed_in(torch_digits: Digits) -> None:
@@ -317,7 +383,11 @@ def test_file_holds_the_matrix_and_fits_the_schema(done: tuple[Matrix, Path]) ->
     places = [(cell["profile"], cell["column"], cell["model"]) for cell in content["cells"]]
     assert places == [
         (name, column, model)
-        for name, columns in (("ort_cpu", ("w8a8", "w4a8", "w8a8-dyn")), ("ncnn_sym", ("w8a8",)))
+        for name, columns in (
+            ("tflite_ref", ("w8a8", "w4a8", "w8a8-dyn")),
+            ("ort_cpu", ("w8a8", "w8a8-dyn")),
+            ("ncnn_sym", ("w8a8",)),
+        )
         for column in columns
         for model in ("before", "after")
     ]
@@ -361,7 +431,7 @@ class Counted:
 
 def counted(monkeypatch: pytest.MonkeyPatch, fails: dict[int, BaseException] | None = None) -> Counted:
     counter = Counted(fails=fails)
-    monkeypatch.setattr(module, "load_program", counter)
+    monkeypatch.setattr(run, "load_program", counter)
     return counter
 
 
@@ -379,6 +449,27 @@ def test_a_finished_matrix_is_not_computed_again(small: Task, tmp_path: Path, mo
     make_matrix(small, path)
     assert counter.calls == 0
     assert path.read_bytes() == before
+
+
+def test_the_same_inputs_give_the_same_file(small: Task, tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        make_matrix(small, tmp_path / name)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_the_digest_of_the_code_is_of_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        read.append(path.relative_to(ROOT / "onnxqt").as_posix())
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    files._code_digest()
+    assert {"numerics.py", "requantize.py", "matrix/bench.py", "emulate/engine.py", "emulate/kernels/add.py"} <= set(
+        read
+    )
 
 
 def test_an_interruption_loses_nothing(small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,6 +528,7 @@ CHANGES: dict[str, tuple[Callable[[Task], Task], int]] = {
     "calibration": (lambda task: replace(task, calibration=task.calibration.take(31)), 4),
     "one model": (lambda task: replace(task, subjects=(task.subjects[0], renamed(task, 1, sha256="e" * 64))), 2),
     "the original": (lambda task: replace(task, subjects=(renamed(task, 0, sha256="e" * 64), task.subjects[1])), 4),
+    "other packages": (lambda task: task, 4),
     "a name": (lambda task: replace(task, subjects=(Subject("new", task.subjects[0].model), task.subjects[1])), 0),
     "the order": (lambda task: replace(task, profiles=task.profiles[::-1]), 0),
 }
@@ -454,6 +546,8 @@ def test_what_changed_is_computed_again(
     path = tmp_path / "m.json"
     make_matrix(small, path)
     change, calls = CHANGES[name]
+    if name == "other packages":
+        monkeypatch.setattr(files, "environment", lambda: {"packages": {"onnxruntime": "1.0"}})
     counter = counted(monkeypatch)
     task = change(small)
     matrix = make_matrix(task, path)
@@ -464,7 +558,7 @@ def test_what_changed_is_computed_again(
 
 def test_results_of_other_code_are_not_taken_over(small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_matrix(small, tmp_path / "m.json")
-    monkeypatch.setattr(module, "_code_digest", lambda: "other")
+    monkeypatch.setattr(files, "_code_digest", lambda: "other")
     counter = counted(monkeypatch)
     make_matrix(small, tmp_path / "m.json")
     assert counter.calls == 4
@@ -552,7 +646,7 @@ def test_advice_is_what_the_back_end_can_do(text: str, operators: tuple[str, ...
 
 
 def test_advice_names_operators_of_onnx() -> None:
-    for advice in module._ADVICE:
+    for advice in _ADVICE:
         assert all(onnx.defs.has(operator) for operator in (*advice.operators, *advice.needs))
 
 

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import build, run
+from test_requantize import f32
 
 from onnxqt.numerics import (
     ROUNDINGS,
@@ -15,6 +17,7 @@ from onnxqt.numerics import (
     Grid,
     QParams,
     Rounding,
+    affine,
     along_axis,
     dequantize,
     fake_quantize,
@@ -113,6 +116,50 @@ def test_quantize_rounds_as_it_is_told(rounding: Rounding, grid: Grid, pow2: boo
     steps = [EXACT[rounding](Fraction(float(step))) for step in (x / params.scale).ravel()]
     expected = np.clip(np.array(steps, object) + int(params.zero_point), grid.qmin, grid.qmax)
     np.testing.assert_array_equal(quantize(x, params, rounding).ravel(), expected.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The FakeQuantize of OpenVINO in exact fractions: every operation rounded to float32."""
+
+    factor: Fraction
+    shift: Fraction
+
+    @classmethod
+    def of(cls, params: QParams) -> "Affine":
+        grid, scale, zero_point = params.grid, Fraction(float(params.scale)), int(params.zero_point)
+        low, high = (f32(f32(end - zero_point) * scale) for end in (grid.qmin, grid.qmax))
+        steps, span = grid.qmax - grid.qmin, f32(high - low)
+        return cls(f32(steps / span), f32(f32(f32(-low * steps) / span) + grid.qmin))
+
+    def code(self, x: float, grid: Grid) -> int:
+        return max(grid.qmin, min(grid.qmax, round(f32(f32(Fraction(x) * self.factor) + self.shift))))
+
+
+@EACH_GRID
+@EACH_SCALE
+def test_affine_quantization_is_its_formula(grid: Grid, pow2: bool) -> None:
+    """And is another one than with the zero point after the rounding."""
+    params = make_params(grid, pow2)
+    x = values_for(params, 2, 3, 200)
+    exact = Affine.of(params)
+    factor, shift = affine(params)
+    assert factor.dtype == shift.dtype == np.float32
+    assert (Fraction(float(factor)), Fraction(float(shift))) == (exact.factor, exact.shift)
+    found = quantize(x, params, "affine")
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found.ravel(), [exact.code(float(value), grid) for value in x.ravel()])
+    other = quantize(x, params, "even")
+    assert np.abs(found - other).max() <= 1
+    assert np.any(found != other) or not pow2  # an odd zero point turns ties around
+    assert {grid.qmin, grid.qmax} <= set(found.ravel().tolist())
+
+
+def test_affine_ties_are_even_codes() -> None:
+    params = QParams(np.array(0.25, np.float32), np.array(3, np.int32), GRIDS["uint8"])
+    x = np.array([0.125, 0.375, 0.625, -0.125, -0.375], np.float32)  # codes 3.5, 4.5, 5.5, 2.5 and 1.5
+    np.testing.assert_array_equal(quantize(x, params, "affine"), [4, 4, 6, 2, 2])
+    np.testing.assert_array_equal(quantize(x, params, "even"), [3, 5, 5, 3, 1])
 
 
 @EACH_GRID

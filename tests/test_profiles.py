@@ -69,7 +69,9 @@ def test_file_changes_its_base(tmp_path: Path) -> None:
         Sigmoid = [1, -128]
         [arithmetic]
         product = "fixed16_away"
-        float_bias = true
+        batched = "xnnpack"
+        depthwise = ""
+        table = "float"
         [arithmetic.accumulator]
         bits = 24
         overflow = "saturate"
@@ -82,7 +84,11 @@ def test_file_changes_its_base(tmp_path: Path) -> None:
         evidence="modelled",
         policy=dataclasses.replace(base.policy, operators=("Conv", "Relu"), fixed_outputs={"Sigmoid": (1.0, -128)}),
         arithmetic=dataclasses.replace(
-            base.arithmetic, product="fixed16_away", float_bias=True, accumulator=Accumulator(24, "saturate")
+            base.arithmetic,
+            product="fixed16_away",
+            batched="xnnpack",
+            table="float",
+            accumulator=Accumulator(24, "saturate"),
         ),
     )
 
@@ -100,7 +106,36 @@ BAD: dict[str, tuple[str, str]] = {
         "arithmetic.product is 'magic': expected one of 'float32_even', 'float32_away', .*'shift_up'",
     ),
     "rule-of-another-operator": ('[arithmetic]\nadd = "dpu"', "arithmetic.add is 'dpu': expected one of 'ort', 'tfl"),
-    "rule-of-16-bits": ('[arithmetic]\nproduct16 = "x"', "product16 is 'x': expected one of .*'', 'fixed15_single'"),
+    "rule-of-16-bits": (
+        '[arithmetic]\nproduct16 = "x"',
+        "product16 is 'x': expected one of 'float32_even', .*'openvino', ''$",
+    ),
+    "rule-of-two-activations": (
+        '[arithmetic]\nbatched = "x"',
+        "batched is 'x': expected one of .*, '', 'none', 'xnnpack'$",
+    ),
+    "xnnpack-of-a-constant-matrix": (
+        '[arithmetic]\ndense = "xnnpack"',
+        "dense is 'xnnpack': expected one of 'float32_",
+    ),
+    "none-of-a-product": ('[arithmetic]\ngrouped = "none"', "grouped is 'none': expected one of 'float32_even'"),
+    "rule-of-transfers": ('[arithmetic]\ntransfer = "even"', "transfer is 'even': expected one of 'ort', 'xnnpack', "),
+    "rule-of-resizing": (
+        '[arithmetic]\nresize = "ruy"',
+        "arithmetic.resize is 'ruy': expected one of 'tflite', 'xnnpack', 'float'$",
+    ),
+    "rounding-of-tables": (
+        '[arithmetic]\ntable = "affine"',
+        "table is 'affine': expected one of 'even', 'away', 'up', 'tflite', 'xnnpack', 'float'$",
+    ),
+    "rounding-of-floats": (
+        '[arithmetic]\nquantize = "float"',
+        "quantize is 'float': expected one of 'even', 'away', 'up', 'affine'$",
+    ),
+    "field-of-before": (
+        "[arithmetic]\nfloat_bias = true",
+        "unknown key 'arithmetic.float_bias' = True: allowed here is",
+    ),
     "rule-is-a-number": ("[arithmetic]\nadd = 3", "arithmetic.add is 3: expected one of 'ort'"),
     "rule-is-a-list": ("[arithmetic]\nadd = []", r"arithmetic.add is \[\]: expected one of 'ort'"),
     "unknown-choice": ('[policy]\nranges = "best"', "policy.ranges is 'best': expected one of 'minmax', 'percentile'"),

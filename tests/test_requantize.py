@@ -478,3 +478,15 @@ def test_depthwise_rule_needs_channels_along_one_axis() -> None:
     square = Requantization(how.rule, how.target, *(np.full((2, 3), x) for x in (how.multiplier, 1 << 30, 0)))
     with pytest.raises(ValueError, match=r"rule ruy_vectors needs one scale per channel along one axis, got shape"):
         requantize(np.ones((4, 2, 3)), square)
+
+
+def test_float_bias_is_added_to_the_real_accumulator() -> None:
+    """2 * 0.5 * 0.5 + 0.25 is 3 steps of 0.25. On the grid of the accumulator the bias of 0.1 would be 0."""
+    target = QParams(f4(0.25), np.array(3, np.int32), S8)
+    acc = np.array([2, 2, 2, -2], np.int32)
+    bias = f4(0.25, 0.1, 0.125, -0.125)
+    how = requantization("float32_bias", f4(0.5), f4(0.5), target, bias)
+    assert how.bias is not None
+    np.testing.assert_array_equal(requantize(acc, how), [6, 5, 5, 1])  # 2.5 and -2.5 steps are ties: to even
+    without = requantization("float32_bias", f4(0.5), f4(0.5), target)
+    np.testing.assert_array_equal(requantize(acc, without), [5, 5, 5, 1])

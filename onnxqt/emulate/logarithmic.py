@@ -4,8 +4,8 @@ With `z = round(16 log2(max |x|)) - 127` the levels of a tensor are 0 and
 
     +- 2^((k + z) / 16),   k = 0 ... 127 above zero, 1 ... 127 below
 
-and a value takes the level nearest in its logarithm; values less than 2^((z - 16) / 16) above zero, or
-2^((z - 15) / 16) below, become 0. (MQBench, fake_quantize/nnie.py, and its table of hardware.) What is computed from
+and a value takes the level nearest in its logarithm; values up to 2^((z - 16) / 16) above zero, or 2^((z - 15) / 16)
+below, become 0. (MQBench, fake_quantize/nnie.py, and its table of hardware.) What is computed from
 the levels is computed in float32: how the device adds up is not documented.
 """
 
@@ -17,6 +17,7 @@ from onnxqt.emulate.steps import NodeInfo, Step
 from onnxqt.numerics import Array, FloatArray
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_KEEPING = ("Relu", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Identity")
 _LAST = 127
 
 
@@ -71,6 +72,8 @@ def decide(graph: Graph, node: NodeProto, computes: bool) -> None:
             node_name(node), node.op_type, "float", "its input is on no grid", implementation="ONNX Runtime"
         )
     outputs = tuple(filter(None, node.output))
+    if on_levels and node.op_type in _KEEPING:
+        graph.levels.update(outputs)
     graph.steps.append(Step(info, tuple(names), outputs, onnxruntime_run(graph, node, names)))
 
 

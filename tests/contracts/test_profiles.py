@@ -1,16 +1,18 @@
 """What every profile promises of a quantized network; and registers, saturation and run-time scales, by counting."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import ModelProto, helper, numpy_helper
-from test_emulate_engine import Net, feed
+from test_emulate_engine import TYPES, Net, feed
 
 from onnxqt.emulate import NodeInfo, Program, Result, load_program
+from onnxqt.emulate.kernels import add, leaky, multiply, pooling, resize, softmax
 from onnxqt.errors import EmulatorError
 from onnxqt.numerics import Array
 from onnxqt.profiles import PROFILES, Accumulator, Arithmetic, Overflow, Profile
@@ -113,6 +115,7 @@ def test_integer_nodes_use_the_rules_of_the_profile(profile: Profile) -> None:
     a = profile.arithmetic
     expected: dict[str, str] = {"Add": a.add, "Mul": a.multiply, "AveragePool": a.average, "GlobalAveragePool": a.mean}
     expected = {op: rule for op, rule in expected.items() if rule != "none"} | {"Gemm": a.dense or a.product}
+    expected |= {"Concat": a.transfer} | ({} if a.table == "float" else {"Sigmoid": f"table {a.table}"})
     infos = load_program(network(profile, pow2=True), a).integer_nodes
     seen = {info.op_type: info.rule for info in infos}
     assert {op: seen[op] for op in expected} == expected
@@ -392,3 +395,281 @@ def test_profiles_say_how_they_find_scales_at_run_time() -> None:
     for profile in PROFILES.values():
         takes = any(precision.endswith("-dyn") for precision in profile.policy.precisions)
         assert not takes or profile.arithmetic.dynamic in WAYS
+
+
+# Every field of the arithmetic changes what runs
+
+REASON = {
+    "MatMul": "the back end multiplies two activations in float",
+    "Add": "the back end computes Add in float",
+    "Mul": "the back end computes Mul in float",
+    "table": "the back end computes activation functions in float",
+    "PRelu": "the back end computes PRelu in float",
+    "Softmax": "the back end computes Softmax in float",
+    "Resize": "the back end interpolates (linear) in float",
+    "Gemm": "its input 'x' is not quantized per tensor",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """A field of `Arithmetic`, and what the node of one operator says for each of its values: its rule, or why it is
+    float."""
+
+    name: str
+    op_type: str
+    build: Callable[[Net], str]
+    says: Mapping[Any, str]
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+
+def wide(net: Net, x: str, scale: float) -> str:
+    """A quantizer of 16 bits."""
+    s, z = net.constant(np.float32(scale)), net.constant(np.int16(0))
+    return net.node("DequantizeLinear", net.node("QuantizeLinear", x, s, z), s, z)
+
+
+def source(net: Net, *shape: int, scale: float = 0.0625, zero_point: int = 3, name: str = "x") -> str:
+    return net.qdq(net.input("N", *shape, name=name), scale, zero_point)
+
+
+def convolved(net: Net, op: str, shape: tuple[int, ...], group: int = 1) -> str:
+    w = net.constant(net.rng.integers(-127, 128, shape), TYPES["s8"])
+    w = net.node("DequantizeLinear", w, net.constant(np.float32(2.0**-7)), net.constant(0, TYPES["s8"]))
+    return net.qdq(net.node(op, source(net, 4, 12, 9), w, group=group), 0.5, -5)
+
+
+def dense(net: Net, bits: int) -> str:
+    w = net.weights((12, 400), None)
+    if bits == 16:
+        return wide(net, net.node("Gemm", wide(net, net.input("N", 12), 0.001), w), 0.002)
+    return net.qdq(net.node("Gemm", source(net, 12), w), 0.125, -5)
+
+
+def two_activations(net: Net, zero_point: int) -> str:
+    x = source(net, 6, 12)
+    y = net.qdq(net.input("N", 12, 8, name="y"), 0.25, zero_point)
+    return net.qdq(net.node("MatMul", x, y), 2.0, -5)
+
+
+def two_tensors(net: Net, op: str, scale: float) -> str:
+    x, y = source(net, 900, scale=0.01), source(net, 900, scale=0.03, zero_point=-7, name="y")
+    return net.qdq(net.node(op, x, y), scale, 11)
+
+
+def through(
+    net: Net, op: str, *constants: Any, shape: tuple[int, ...] = (300,), scale: float = 0.125, **attributes: Any
+) -> str:
+    x = source(net, *shape)
+    return net.qdq(net.node(op, x, *(net.constant(value) for value in constants), **attributes), scale, -5)
+
+
+def prelu(net: Net) -> str:
+    x, slope = source(net, 4, 75), net.qdq(net.constant(np.linspace(-0.5, 0.7, 4, dtype=np.float32)[:, None]), 0.01, 3)
+    return net.qdq(net.node("PRelu", x, slope), 0.125, -5)
+
+
+def softened(net: Net) -> str:
+    return net.qdq(net.node("Softmax", source(net, 40, 10)), 2.0**-8, -128)
+
+
+def resized(net: Net) -> str:
+    x, scales = source(net, 3, 5, 7), net.constant(np.array([1, 1, 2, 2], np.float32))
+    return net.qdq(net.node("Resize", x, "", scales, mode="linear"), 0.0625, 3)
+
+
+def same(*rules: str) -> Mapping[str, str]:
+    return dict(zip(rules, rules, strict=True))
+
+
+def wide_conv(net: Net) -> str:
+    return wide(net, net.node("Conv", wide(net, net.input("N", 4, 5, 5), 0.001), net.weights((8, 4, 3, 3), 0)), 0.002)
+
+
+DOUBLE = {"": "float32_even", "gemmlowp_double": "gemmlowp_double"}
+TWO = {**DOUBLE, "none": REASON["MatMul"]}
+CHANGED = (
+    Changed("product", "Conv", lambda n: convolved(n, "Conv", (8, 4, 3, 3)), same("float32_even", "gemmlowp_double")),
+    Changed("dense", "Gemm", lambda n: dense(n, 8), DOUBLE),
+    Changed("depthwise", "Conv", lambda n: convolved(n, "Conv", (8, 1, 3, 3), 4), DOUBLE),
+    Changed("depthwise", "ConvTranspose", lambda n: convolved(n, "ConvTranspose", (4, 8, 3, 3)), DOUBLE),
+    Changed("depthwise", "ConvTranspose", lambda n: convolved(n, "ConvTranspose", (4, 3, 3, 3), 2), DOUBLE),
+    Changed("grouped", "Conv", lambda n: convolved(n, "Conv", (8, 2, 3, 3), 2), DOUBLE),
+    Changed("batched", "MatMul", lambda n: two_activations(n, 0), {**TWO, "xnnpack": "float32_even"}),
+    Changed("batched", "MatMul", lambda n: two_activations(n, 7), {**TWO, "xnnpack": "gemmlowp_double"}),
+    Changed("product16", "Conv", wide_conv, {"": "float32_even", "fixed15_single": "fixed15_single"}),
+    Changed(
+        "dense16",
+        "Gemm",
+        lambda n: dense(n, 16),
+        {"": "fixed15_single", "float64_away": "float64_away"},
+        {"product16": "fixed15_single"},
+    ),
+    Changed("add", "Add", lambda n: two_tensors(n, "Add", 0.06), {**same(*add.RULES), "none": REASON["Add"]}),
+    Changed(
+        "multiply", "Mul", lambda n: two_tensors(n, "Mul", 0.015), {**same(*multiply.RULES), "none": REASON["Mul"]}
+    ),
+    Changed(
+        "average",
+        "AveragePool",
+        lambda n: through(n, "AveragePool", kernel_shape=[2, 3], shape=(5, 9, 9), scale=0.0625),
+        same(*pooling.AVERAGE_RULES),
+    ),
+    Changed(
+        "mean",
+        "GlobalAveragePool",
+        lambda n: through(n, "GlobalAveragePool", shape=(70, 4, 4), scale=0.03125),
+        same(*pooling.MEAN_RULES),
+        {"quantize": "away"},
+    ),
+    Changed(
+        "leaky",
+        "LeakyRelu",
+        lambda n: through(n, "LeakyRelu", alpha=0.3),
+        {**same(*leaky.RULES), "ort": "table even", "float": "table even"},
+    ),
+    Changed("leaky", "PRelu", prelu, {"tflite": "tflite", "xnnpack": "xnnpack", "float": REASON["PRelu"]}),
+    Changed("hard_swish", "HardSwish", lambda n: through(n, "HardSwish"), {"table": "table even", "tflite": "tflite"}),
+    Changed("softmax", "Softmax", softened, {**same(*softmax.RULES), "float": REASON["Softmax"]}),
+    Changed("resize", "Resize", resized, {"tflite": "tflite", "xnnpack": "xnnpack", "float": REASON["Resize"]}),
+    Changed(
+        "transfer",
+        "Clip",
+        lambda n: through(n, "Clip", np.float32(-100), np.float32(100), scale=0.25),
+        same("ort", "affine", "xnnpack", "gemmlowp_double"),
+    ),
+    Changed(
+        "table",
+        "Mul",
+        lambda n: through(n, "Mul", np.float32(0.5)),
+        {**{rule: f"table {rule}" for rule in ("even", "away", "up", "xnnpack")}, "float": REASON["table"]},
+    ),
+    Changed(
+        "quantize",
+        "QuantizeLinear",
+        lambda n: source(n, 300),
+        {rule: f"half {rule}" for rule in ("even", "away", "up", "affine")},
+    ),
+    Changed("levels", "Gemm", lambda n: dense(n, 8), {"uniform": "float32_even", "log16": "log16"}),
+    Changed(
+        "dynamic",
+        "Gemm",
+        lambda n: n.node("Gemm", n.input("N", 12), n.weights((12, 40), None)),
+        {"float": REASON["Gemm"], "tensor": "dynamic tensor", "row": "dynamic row"},
+    ),
+)
+SAME_CODES = {("leaky", "PRelu")}  # one rule under two names
+
+
+def ran(case: Changed, value: Any) -> tuple[str, Array]:
+    """What the node says of itself, and what comes out."""
+    model = case.build(net := Net("s8", True, 6, opset=21))
+    file = net.output(model)
+    program = load_program(file, Arithmetic(**{**case.rest, case.name: value}))
+    infos = [info for info in program.nodes if info.op_type == case.op_type]
+    inputs = {name: x / 4 for name, x in feed(file, 20).items()}
+    for x in inputs.values():
+        x.flat[::5] = np.rint(x.flat[::5] * 32) / 32
+    (found,) = program.run(inputs).values()
+    return infos[0].reason or infos[0].rule, found
+
+
+@pytest.mark.parametrize("case", CHANGED, ids=[f"{case.name}-{case.op_type}-{i}" for i, case in enumerate(CHANGED)])
+def test_a_field_of_the_arithmetic_changes_what_runs(case: Changed) -> None:
+    found = {value: ran(case, value) for value in case.says}
+    assert {value: says for value, (says, _) in found.items()} == case.says
+    results = {says: result for says, result in found.values() if says not in REASON.values()}
+    for first, second in itertools.combinations(results, 2):
+        if (case.name, case.op_type) not in SAME_CODES:
+            assert not np.array_equal(results[first], results[second]), (first, second)
+
+
+def test_each_field_of_the_arithmetic_is_changed() -> None:
+    """The register has tests of its own, above."""
+    assert {case.name for case in CHANGED} | {"accumulator"} == {f.name for f in fields(Arithmetic)}
+
+
+@pytest.mark.parametrize("depthwise", ["", "ruy_double"])
+@pytest.mark.parametrize("grouped", ["", "gemmlowp_double"])
+def test_groups_and_channels_are_told_apart(depthwise: Any, grouped: Any) -> None:
+    arithmetic = Arithmetic(depthwise=depthwise, grouped=grouped)
+    rules = {}
+    for name, op, shape, group in (
+        ("plain", "Conv", (8, 4, 3, 3), 1),
+        ("grouped", "Conv", (8, 2, 3, 3), 2),
+        ("depthwise", "Conv", (4, 1, 3, 3), 4),
+        ("transposed", "ConvTranspose", (4, 8, 3, 3), 1),
+    ):
+        net = Net("s8", True, opset=21)
+        infos = load_program(net.output(convolved(net, op, shape, group)), arithmetic).integer_nodes
+        (rules[name],) = (info.rule for info in infos)
+    special, other = depthwise or "float32_even", grouped or "float32_even"
+    assert rules == {"plain": "float32_even", "grouped": other, "depthwise": special, "transposed": special}
+
+
+@pytest.mark.parametrize("rule", resize.BILINEAR_RULES)
+@pytest.mark.parametrize("coordinates", resize.COORDINATES)
+def test_a_resize_on_codes_is_that_of_the_back_end(rule: Literal["tflite", "xnnpack"], coordinates: str) -> None:
+    net = Net("s8", True, opset=21)
+    x, sizes = source(net, 3, 5, 7), net.constant(np.array([2, 3, 8, 13], np.int64))
+    how = {"mode": "linear", "coordinate_transformation_mode": coordinates}
+    y = net.node("Resize", x, "", "", sizes, **how)
+    model = net.output(net.qdq(y, 0.0625, 3))
+    result = load_program(model, Arithmetic(resize=rule)).run_codes(feed(model, 2), (x,))
+    found = result.codes[model.graph.output[0].name].codes
+    np.testing.assert_array_equal(found, resize.BILINEAR_RULES[rule](result.codes[x].codes, (8, 13), coordinates))
+    (other,) = {"tflite", "xnnpack"} - {rule}
+    assert np.any(found != resize.BILINEAR_RULES[other](result.codes[x].codes, (8, 13), coordinates))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"mode": "cubic"}, "the back end interpolates (cubic) in float"),
+        (
+            {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"},
+            "it interpolates in a way (half_pixel_symmetric) that the back end has not",
+        ),
+        ({"mode": "linear", "antialias": 1}, "it interpolates in a way (half_pixel) that the back end has not"),
+    ],
+)
+def test_other_ways_to_interpolate_are_float(attributes: dict[str, Any], reason: str) -> None:
+    net = Net("s8", True, opset=21)
+    x, scales = source(net, 3, 6, 8), net.constant(np.array([1, 1, 0.5, 0.5], np.float32))
+    model = net.output(net.qdq(net.node("Resize", x, "", scales, **attributes), 0.0625, 3))
+    ((_, operator, why),) = load_program(model, Arithmetic(resize="tflite")).float_nodes
+    assert (operator, why) == ("Resize", reason)
+
+
+def wide_slope(net: Net) -> str:
+    slope = net.qdq(net.constant(np.linspace(-0.5, 0.7, 4, dtype=np.float32)[:, None]), 0.01, 3)
+    return net.node("PRelu", wide(net, net.input("N", 4, 30), 2.0**-12), slope)
+
+
+WIDE: Mapping[str, tuple[Callable[[Net], str], str]] = {
+    "Sigmoid": (
+        lambda n: n.node("Sigmoid", wide(n, n.input("N", 30), 2.0**-12)),
+        "the back end interpolates in a table for 16-bit codes, which is not modelled",
+    ),
+    "PRelu": (wide_slope, "the back end has PRelu for 8-bit codes alone"),
+    "HardSwish": (
+        lambda n: n.node("HardSwish", wide(n, n.input("N", 30), 2.0**-12)),
+        "the back end has HardSwish for 8-bit codes alone",
+    ),
+    "Softmax": (
+        lambda n: n.node("Softmax", wide(n, n.input("N", 30), 2.0**-12)),
+        "the back end has Softmax for 8-bit codes alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["tflite_ref", "tflite_ruy"])
+@pytest.mark.parametrize("operator", WIDE)
+def test_functions_of_16_bits_are_float_for_tflite(operator: str, name: str) -> None:
+    build, reason = WIDE[operator]
+    net = Net("s8", True, opset=21)
+    model = net.output(wide(net, build(net), 2.0**-13))
+    program = load_program(model, PROFILES[name].arithmetic)
+    assert [(op, why) for _, op, why in program.float_nodes] == [(operator, reason)]
+    (found,) = program.run(feed(model, 4)).values()
+    assert len(np.unique(found)) > 12

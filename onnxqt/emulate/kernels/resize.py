@@ -40,9 +40,10 @@ def _steps(size: int, out: int, coordinates: str) -> tuple[Array, Array, Array]:
     n, m = (size - 1, out - 1) if coordinates == "align_corners" and out > 1 else (size, out)
     scale = (1024 * n + m // 2) // m
     places = np.arange(out, dtype=np.int64) * scale
-    if coordinates in ("half_pixel", "pytorch_half_pixel"):
+    if _is_centred(coordinates, out):
         places = places + scale // 2 - 512
-    before = np.maximum(places, 0) >> 10  # C division truncates; below zero it is limited to 0
+    # C division truncates: from below zero to 0. A scale that was rounded up can point behind the last element.
+    before = np.clip(places, 0, 1024 * (size - 1)) >> 10
     after = np.minimum(np.maximum(places + 1023, 0) >> 10, size - 1)
     return places, before, after
 
@@ -64,12 +65,17 @@ def _weights(size: int, out: int, coordinates: str) -> tuple[Array, Array, Array
     n, m = (size - 1, out - 1) if coordinates == "align_corners" and out > 1 else (size, out)
     scale = np.float32(n) / np.float32(m)
     places = np.arange(out, dtype=np.float32) * scale
-    if coordinates in ("half_pixel", "pytorch_half_pixel"):
+    if _is_centred(coordinates, out):
         places = places + (np.float32(0.5) * scale - np.float32(0.5))
     places = np.clip(places, np.float32(0), np.float32(size - 1))
     before = places.astype(np.int64)
     weight = np.rint((places - before.astype(np.float32)) * np.float32(2048)).astype(np.int64)
     return weight, before, np.minimum(before + 1, size - 1)
+
+
+def _is_centred(coordinates: str, out: int) -> bool:
+    """Whether positions are those of the middles of elements; PyTorch puts a single one at the beginning."""
+    return coordinates == "half_pixel" or (coordinates == "pytorch_half_pixel" and out > 1)
 
 
 COORDINATES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")

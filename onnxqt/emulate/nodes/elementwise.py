@@ -1,6 +1,6 @@
 """Operators that treat every element alone: sums and products of two tensors, activation functions, clamps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -141,42 +141,58 @@ def _is_function(graph: Graph, node: NodeProto) -> bool:
 
 
 def _unit(graph: Graph, node: NodeProto) -> tuple[Tensor, list[NodeProto], NodeProto]:
-    """The tensor, the nodes and the last of them, of an activation function that begins at `node`."""
+    """The tensor, the nodes and the last of them, of an activation function that `node` is the first node of."""
     source = _source_of(graph, node)
     if source not in graph.tensors or graph.tensors[source].params.axis is not None:
         raise NotIntegerError(f"its input '{source}' is not quantized per tensor")
-    unit = [node]
-    inside = {source, node.output[0]}
-    for other in graph.proto.graph.node:
-        if other is node or other.op_type not in FUNCTIONS or not _reads_only(graph, other, inside):
-            continue
-        if inside.isdisjoint({*other.input} - {source}):
-            continue
-        unit.append(other)
-        inside.add(other.output[0])
-        if _is_closed(graph, unit):
-            break
-    if not _is_closed(graph, unit):
-        unit = [node]
+    unit = next(_units_from(graph, node, source), [node])
     for part in unit:
         if any(is_constant(graph, name) and constant(graph, name).size != 1 for name in part.input if name):
             raise NotIntegerError("it has a constant of several values")
     return graph.tensors[source], unit, unit[-1]
 
 
-def _reads_only(graph: Graph, node: NodeProto, inside: set[str]) -> bool:
-    return all(name in inside or is_constant(graph, name) for name in node.input if name)
+def _units_from(graph: Graph, node: NodeProto, source: str) -> Iterator[list[NodeProto]]:
+    """The functions of `source` that hold `node` and end before a quantizer, the shortest first."""
+    values = {source}  # functions of the source, value by value
+    for other in graph.proto.graph.node:
+        if other.op_type not in FUNCTIONS or not _reads_only(graph, other, values):
+            continue
+        values.add(other.output[0])
+        if _is_quantized_next(graph, other.output[0]):
+            unit = _ancestors(graph, other, source)
+            if any(part is node for part in unit) and _is_closed(graph, unit):
+                yield unit
+
+
+def _is_quantized_next(graph: Graph, name: str) -> bool:
+    """Whether a value goes, through clamps at most, to one quantizer."""
+    users = graph.consumers.get(name, [])
+    if len(users) == 1 and users[0].op_type in ("Relu", "Clip"):
+        return _is_quantized_next(graph, users[0].output[0])
+    return len(users) == 1 and users[0].op_type == "QuantizeLinear"
+
+
+def _reads_only(graph: Graph, node: NodeProto, values: set[str]) -> bool:
+    moving = [name for name in node.input if name and not is_constant(graph, name)]
+    return bool(moving) and values.issuperset(moving)
+
+
+def _ancestors(graph: Graph, last: NodeProto, source: str) -> list[NodeProto]:
+    """The nodes between `source` and the result of `last`, in order."""
+    needed, unit = {last.output[0]}, []
+    for other in reversed(graph.proto.graph.node):
+        if needed.intersection(other.output):
+            unit.append(other)
+            needed.update(name for name in other.input if name != source and not is_constant(graph, name))
+    return unit[::-1]
 
 
 def _is_closed(graph: Graph, unit: list[NodeProto]) -> bool:
-    """Whether only the last node's result is read outside the unit, by one quantizer (or a clamp before it)."""
-    outputs = {part.output[0] for part in unit[:-1]}
+    """Whether nothing outside reads what is computed before the last node."""
     members = [id(part) for part in unit]
-    for name in outputs:
-        if any(id(user) not in members for user in graph.consumers.get(name, [])):
-            return False
-    users = graph.consumers.get(unit[-1].output[0], [])
-    return len(users) == 1 and users[0].op_type in ("QuantizeLinear", "Relu", "Clip")
+    inner = [name for part in unit[:-1] for name in part.output]
+    return all(id(user) in members for name in inner for user in graph.consumers.get(name, []))
 
 
 def _evaluate(graph: Graph, unit: list[NodeProto], source: str, values: Array) -> Array:

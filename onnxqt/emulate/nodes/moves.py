@@ -33,7 +33,8 @@ def move(graph: Graph, node: NodeProto) -> None:
     others = [name for name in node.input[1:] if name and node.op_type in _SHAPED and not is_constant(graph, name)]
     if node.op_type in ("Reshape", "Slice"):
         others = [name for name in node.input[1:] if name]
-    info = NodeInfo(node_name(node), node.op_type, "integer", implementation="codes")
+    rule = graph.arithmetic.resize if attributes_of(node).get("mode") == "linear" else ""
+    info = NodeInfo(node_name(node), node.op_type, "integer", rule=rule, implementation="codes")
 
     def step(codes: IntArray, *rest: Array) -> tuple[Array, ...]:
         moved = run(codes, *rest)

@@ -1,0 +1,122 @@
+"""The command that runs a quantized file: emulate."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from onnxqt.cli.options import JSON, MODEL, options, profile_named
+from onnxqt.cli.output import number, print_json, print_table
+from onnxqt.cli.program_page import everything, print_program
+from onnxqt.cli.progress import Bar
+from onnxqt.data import InputSpec, Samples, check_labels, fixed_batch, open_samples
+from onnxqt.emulate import Program, load_program
+from onnxqt.errors import ModelError, UsageError
+from onnxqt.evaluate import in_order
+from onnxqt.metrics import Tally
+from onnxqt.pipeline import EVALUATION_BATCH
+from onnxqt.runtime import Session
+
+
+@click.command()
+@click.argument("file", type=MODEL)
+@click.option("--data", type=MODEL, help="Samples: a directory of .npz or .npy files; not needed with --dump.")
+@options(JSON)
+@click.option("--reference", type=MODEL, help="Float model to compare with.")
+@click.option(
+    "--profile", default="ort_cpu", show_default=True, metavar="NAME|FILE", help="Whose arithmetic; see 'profiles'."
+)
+@click.option("--dump", is_flag=True, help="Print the integer program: rules, multipliers, accumulators, node by node.")
+def emulate(file: Path, data: Path | None, reference: Path | None, profile: str, dump: bool, as_json: bool) -> None:
+    """Run the quantized FILE in the integer arithmetic of a back end, or print the program that does.
+
+    \b
+    Examples:
+        onnxqt emulate schemes/w8a8-sym-pc.onnx --data eval/ --reference checkpoint.onnx
+        onnxqt emulate schemes/w8a8-sym-pc.onnx --profile tflite_ref --dump
+    """
+    if data is None and not dump:
+        raise UsageError("nothing to do: give samples with --data, or print the program with --dump")
+    chosen = profile_named(profile)
+    program = load_program(file, chosen.arithmetic)
+    content: dict[str, Any] = {"profile": chosen.name}
+    if data is not None:
+        tallies, overflows, count = _emulated(program, file, data, reference)
+        content["outputs"] = {
+            name: {
+                "metrics": tally.metrics(),
+                "fidelity": tally.fidelity() if reference else None,
+                **tally.confidence(),
+            }
+            for name, tally in tallies.items()
+        }
+        content["overflows"] = overflows
+    content["integer_nodes"] = len(program.integer_nodes)
+    content["float_nodes"] = [{"node": n, "op_type": op, "reason": why} for n, op, why in program.float_nodes]
+    if as_json:
+        print_json({**content, "program": everything(program)} if dump else content)
+        return
+    if dump:
+        print_program(program, chosen)
+    if data is not None:
+        header = ("output", "top-1 %", "agreement %", "SNR dB", "cosine", "Brier", "ECE %")
+        rows = [(name, *_compared(tally, reference is not None)) for name, tally in tallies.items()]
+        title = f"{count} samples in integer arithmetic, {chosen.name} ({chosen.evidence})"
+        print_table(title, [header, *rows])
+        print_table(
+            "accumulators that did not fit", [("node", "count"), *((n, f"{c:,}") for n, c in overflows.items())]
+        )
+    if not dump:
+        print_table("float nodes", [("node", "operator", "reason"), *program.float_nodes])
+
+
+def _emulated(
+    program: Program, file: Path, data: Path, reference: Path | None
+) -> tuple[dict[str, Tally], dict[str, int], int]:
+    """What the program makes of the samples: by output; overflows by node; how many samples."""
+    specs = [InputSpec(name, np.dtype(dtype), shape or ()) for name, (dtype, shape) in program.inputs.items()]
+    samples = open_samples(data, specs)
+    session = Session(reference) if reference else None
+    if session and not set(program.outputs) <= set(session.outputs):
+        raise ModelError(
+            f"'{reference}' has the outputs {session.outputs}, '{file}' has {list(program.outputs)}: "
+            "give the float model that it was made of"
+        )
+    tallies = {name: Tally() for name in program.outputs}
+    overflows: Counter[str] = Counter()
+    fixed = fixed_batch(specs)
+    batches = samples.batches(fixed or EVALUATION_BATCH, pad=fixed is not None)
+    with Bar() as bar:
+        bar.stage("emulate", samples.count)
+        for batch, result in in_order(lambda batch: program.run_codes(batch.inputs), batches):
+            expected = session.run(batch.inputs) if session else result.outputs
+            for name, tally in tallies.items():
+                if not tally.samples:
+                    _check_labels(samples, result.outputs[name])
+                tally.add(batch.real(result.outputs[name]), batch.real(expected[name]), batch.labels)
+            overflows.update(result.overflows)
+            bar.advance(next(iter(tallies.values())).samples)
+    return tallies, dict(+overflows), samples.count
+
+
+def _check_labels(samples: Samples, output: Any) -> None:
+    """Labels must be classes of an output that has classes."""
+    if samples.has_labels and output.ndim == 2 and output.shape[1] > 1:
+        check_labels(samples, output.shape[1])
+
+
+def _compared(tally: Tally, with_reference: bool) -> tuple[str, ...]:
+    fidelity, metrics, confidence = tally.fidelity(), tally.metrics(), tally.confidence()
+    rated = (number(confidence["brier"], "{:.4f}"), number(confidence["ece"], "{:.2f}", 100))
+    top1 = f"{100 * metrics['top1']:.2f}" if "top1" in metrics else "-"
+    if not with_reference:
+        return (top1, "-", "-", "-", *rated)
+    return (
+        top1,
+        number(fidelity["agreement"], "{:.2f}", 100),
+        "exact" if fidelity["snr_db"] is None else f"{fidelity['snr_db']:.1f}",
+        number(fidelity["cosine"], "{:.6f}"),
+        *rated,
+    )
