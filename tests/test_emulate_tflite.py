@@ -45,6 +45,7 @@ PLACES = (
     Places((0.03125, 0.015625, 0.0625), (3, -7, -11)),
     Places((0.0234375, 0.03125, 0.0625), (-1, 5, 7)),
     Places((0.5, 0.5, 0.25), (1, 1, -1)),
+    Places((2 / 255, 0.01, 2 / 255), (-128, 3, -128)),  # the grid of a clip at 2: a factor that is not quite 1
 )
 
 
@@ -215,7 +216,18 @@ def averaged(rule: str, under: list[int | None], with_pad: bool, params: list[QP
         return half_up(Fraction(total * (((2**30 + 1) << bits) // n), 2 ** (30 + bits))) + z
     if rule == "dpu":
         return half_up(total * DPU[len(under)] * s_in / s) + z
+    if rule == "openvino":
+        return openvino_mean(total, n, params)
     return half_away(f32(f32(f32(f32(total) * s_in) / n) / s)) + z
+
+
+def openvino_mean(centred: int, n: int, params: list[QParams]) -> int:
+    """The range of the output over the scale of the input, in float32 at each step."""
+    (s_in, _), (s, z) = numbers(params)
+    grid = params[1].grid
+    low, high = (f32(f32((end - z) * s) / s_in) for end in (grid.qmin, grid.qmax))
+    factor = f32(Fraction(grid.qmax - grid.qmin) / f32(high - low))
+    return half_even(f32(f32(f32(Fraction(centred, n)) * factor) + z))
 
 
 def check_average(rule: str) -> None:
@@ -245,6 +257,8 @@ def meant(rule: str, values: list[int], params: list[QParams], channel: tuple[in
         return half_away(f32(f32(f32(f32(centred) * s_in) / n) / s)) + z
     if rule == "tosa":
         return once_rounded(centred, fixed(exact(float(s_in) * (1 / n) / float(s)))) + z
+    if rule == "openvino":
+        return openvino_mean(centred, n, params)
     if rule == "ruy" and channel is not None:
         moved = f32(f32(z_in * s_in) / s)
         offset = z - int(f32(moved + Fraction(1 if moved > 0 else -1, 2)))
@@ -444,11 +458,16 @@ def check_hard_swish(rule: str) -> None:
 SIZES = (((5, 7), (10, 14)), ((5, 7), (11, 9)), ((5, 7), (3, 4)), ((9, 8), (4, 1)), ((2, 1), (7, 5)), ((6, 6), (6, 6)))
 
 
+def centred(coordinates: str, out: int) -> bool:
+    """ONNX Resize: pytorch_half_pixel puts a single element at position 0."""
+    return coordinates == "half_pixel" or (coordinates == "pytorch_half_pixel" and out > 1)
+
+
 def place_tflite(i: int, size: int, out: int, coordinates: str) -> tuple[Fraction, int, int]:
     """(weight of the element after, element before, element after), all in steps of 1/1024; C division."""
     corners = int(coordinates == "align_corners" and out > 1)
     scale = (1024 * (size - corners) + (out - corners) // 2) // (out - corners)
-    at = i * scale + (scale // 2 - 512 if "half_pixel" in coordinates else 0)
+    at = i * scale + (scale // 2 - 512 if centred(coordinates, out) else 0)
     before = max(math.trunc(Fraction(at, 1024)), 0)
     return Fraction(at - 1024 * before, 1024), before, min(math.trunc(Fraction(at + 1023, 1024)), size - 1)
 
@@ -458,7 +477,7 @@ def place_xnnpack(i: int, size: int, out: int, coordinates: str) -> tuple[Fracti
     corners = int(coordinates == "align_corners" and out > 1)
     scale = f32(Fraction(size - corners, out - corners))
     at = f32(i * scale)
-    if "half_pixel" in coordinates:
+    if centred(coordinates, out):
         at = f32(at + f32(scale / 2 - Fraction(1, 2)))
     at = min(max(at, Fraction(0)), Fraction(size - 1))
     before = math.floor(at)

@@ -90,7 +90,19 @@ class Expected:
     reason: str
 
 
-EXPECTED: tuple[Expected, ...] = ()
+_ZEROS = (
+    "OpenVINO's integer Reduce leaves half of a batch of 3-D tensors at 0, which is as far from the float model as from "
+    "the emulator"
+)
+_HIDDEN = "the node behind such a mean, whose codes OpenVINO does not show"
+_VECTORS = "the vector code of TensorFlow Lite's optimized ADD where the scales are far apart, which is not modelled"
+EXPECTED: tuple[Expected, ...] = (
+    *(Expected(name, "GlobalAveragePool", 32, _ZEROS) for name in ("openvino_vnni", "x86_sat16")),
+    *(Expected(name, "ReduceMean", 30, _ZEROS) for name in ("openvino_vnni", "x86_sat16")),
+    *(Expected(name, "Gemm", 60, _HIDDEN) for name in ("openvino_vnni", "x86_sat16")),
+    Expected("tflite_ruy", "Add", 1, _VECTORS),
+    Expected("tflite_ruy", WHOLE, 4, _VECTORS),
+)
 
 
 @dataclass(slots=True)

@@ -160,8 +160,8 @@ class Arithmetic:
     accumulator: Accumulator = Accumulator()
     add: ElementwiseRule = "ort"
     multiply: ElementwiseRule = "ort"
-    average: Literal["ort", "tflite", "tosa", "dpu", "float"] = "ort"
-    mean: Literal["ort", "tflite", "ruy", "xnnpack", "tosa", "float"] = "ort"
+    average: Literal["ort", "tflite", "tosa", "dpu", "openvino", "float"] = "ort"
+    mean: Literal["ort", "tflite", "ruy", "xnnpack", "tosa", "openvino", "float"] = "ort"
     leaky: Literal["ort", "tflite", "xnnpack", "tosa", "float"] = "ort"
     hard_swish: Literal["table", "tflite"] = "table"
     softmax: Literal["tflite", "ruy", "float"] = "float"

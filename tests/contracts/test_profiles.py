@@ -559,6 +559,8 @@ CHANGED = (
     ),
 )
 SAME_CODES = {("leaky", "PRelu")}  # one rule under two names
+# On powers of two, which the dpu needs, none of these rounds before the end; test_emulate_tflite tells them apart.
+SAME_ON_POWERS = ({"ort", "openvino"}, {"xnnpack", "openvino"})
 
 
 def ran(case: Changed, value: Any) -> tuple[str, Array]:
@@ -580,7 +582,7 @@ def test_a_field_of_the_arithmetic_changes_what_runs(case: Changed) -> None:
     assert {value: says for value, (says, _) in found.items()} == case.says
     results = {says: result for says, result in found.values() if says not in REASON.values()}
     for first, second in itertools.combinations(results, 2):
-        if (case.name, case.op_type) not in SAME_CODES:
+        if (case.name, case.op_type) not in SAME_CODES and {first, second} not in SAME_ON_POWERS:
             assert not np.array_equal(results[first], results[second]), (first, second)
 
 

@@ -8,6 +8,7 @@ Averages under a window, of n elements:
 | tflite | sum of the codes / n, rounded half away from zero; one grid |
 | tosa | ((sum of (c - z)) m + 2^(s-1)) >> s, + z, with m / 2^s about 1 / n; one grid |
 | dpu | sum of (c - z_in) * m / 2^s * s_in / s_out, rounded half up, + z_out; m / 2^s about 1 / n |
+| openvino | round_half_even(float32(sum of (c - z_in)) / n * factor + z_out), factor about s_in / s_out |
 | float | round(float32(sum of (c - z_in)) * s_in / n / s_out) + z_out |
 
 Means over whole axes, of n elements:
@@ -20,7 +21,7 @@ Means over whole axes, of n elements:
 |  | else as tflite |
 | xnnpack | round_half_even(float32(sum of c) * m + float32(z_out - n z_in m)), m = float32(s_in / s_out * (1 / n)) |
 | tosa | fixed31_single(sum of (c - z_in), s_in / (s_out n)) + z_out |
-| float | as the average |
+| openvino, float | as the average |
 
 `M(x, m)` multiplies by a fixed-point multiplier (`requantize.quantize_multiplier`).
 
@@ -44,6 +45,7 @@ from onnxqt.requantize import (
     Requantization,
     multiply_by_quantized_multiplier,
     multiply_half_up,
+    openvino_scaling,
     quantize_multiplier,
     requantization,
     requantize,
@@ -177,6 +179,26 @@ def average_pool_float(
     return _float_mean(total, _elements(codes, window, count_include_pad), params, arithmetic)
 
 
+def average_pool_openvino(
+    codes: IntArray, window: Window, count_include_pad: bool, params: tuple[QParams, QParams], arithmetic: Arithmetic
+) -> IntArray:
+    """Codes of the mean under each window, as OpenVINO computes it; see `_openvino_mean`."""
+    del arithmetic
+    zero_point = int(params[0].zero_point)
+    total = _window_sum(codes, window, zero_point) - _kernel_size(window) * zero_point
+    return _openvino_mean(total, _elements(codes, window, count_include_pad), params)
+
+
+def _openvino_mean(total: Array, count: Any, params: tuple[QParams, QParams]) -> IntArray:
+    """Codes of sums of `c - z_in`: their mean in float32, its scale within the FakeQuantize that follows.
+
+    code = round_half_even(float32(total) / n * factor + z_out);  see `requantize.openvino_scaling`
+    """
+    factor, shift = openvino_scaling(Requantization("openvino", params[1], np.asarray(params[0].scale, np.float32)))
+    mean_codes = np.asarray(total, np.float32) / np.asarray(count, np.float32)
+    return numerics.saturated(numerics.round_half_even(np.asarray(mean_codes * factor + shift)), params[1].grid)
+
+
 def _float_mean(total: Array, count: Any, params: tuple[QParams, QParams], arithmetic: Arithmetic) -> IntArray:
     real = total.astype(np.float32) * np.float32(params[0].scale) / np.asarray(count, np.float32)
     return numerics.quantize(np.asarray(real), params[1], arithmetic.quantize)
@@ -304,6 +326,15 @@ def mean_tosa(
     return requantize(total - count * int(source.zero_point), how)
 
 
+def mean_openvino(
+    codes: IntArray, axes: tuple[int, ...], keepdims: bool, params: tuple[QParams, QParams], arithmetic: Arithmetic
+) -> IntArray:
+    """Codes of the mean over `axes`, as OpenVINO computes it; see `_openvino_mean`."""
+    del arithmetic
+    total, count = _axis_sum(codes, axes, keepdims)
+    return _openvino_mean(total - count * int(params[0].zero_point), count, params)
+
+
 def mean_float(
     codes: IntArray, axes: tuple[int, ...], keepdims: bool, params: tuple[QParams, QParams], arithmetic: Arithmetic
 ) -> IntArray:
@@ -323,6 +354,7 @@ AVERAGE_RULES: Mapping[str, AverageRule] = {
     "tflite": average_pool_tflite,
     "tosa": average_pool_tosa,
     "dpu": average_pool_dpu,
+    "openvino": average_pool_openvino,
     "float": average_pool_float,
 }
 MEAN_RULES: Mapping[str, MeanRule] = {
@@ -331,5 +363,6 @@ MEAN_RULES: Mapping[str, MeanRule] = {
     "ruy": mean_ruy,
     "xnnpack": mean_xnnpack,
     "tosa": mean_tosa,
+    "openvino": mean_openvino,
     "float": mean_float,
 }
