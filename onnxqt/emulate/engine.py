@@ -73,7 +73,9 @@ def load_program(
     for node in proto.graph.node:
         if node.output[0] not in graph.done:
             decide(graph, node)
-    return _program(graph)
+    program = _program(graph)
+    graph.steps.clear()  # which refer to the graph: so a program is freed as soon as it is dropped
+    return program
 
 
 def _program(graph: Graph) -> Program:

@@ -244,6 +244,7 @@ def _linear(weights: tuple[IntArray, Array], bias: Array | None, x: QParams, tar
 
 _LARGEST = 2.0**10  # an 8-bit code is decided by steps below it: those beyond saturate, whatever the zero point
 _ERRORS = 4 * 2.0**-24 * _LARGEST  # of three float32 operations on such a step
+_WORTHWHILE = 2.0**-5  # share of values near a tie up to which guessing is faster
 _DOUBLE = ("gemmlowp_double", "ruy_double")
 _GUESSED = (*_DOUBLE, "fixed31_single", "fixed16_away", "float64_away", "shift_up")
 
@@ -270,7 +271,7 @@ def requantizer(how: Requantization, channel: int) -> Callable[[Array], Array]:
     threshold = np.float32(0.5 - margin.max(initial=0))
 
     def guess(acc: Array) -> Array:
-        steps = acc.astype(np.float32)
+        steps = acc.astype(np.float32, order="C")  # so that flat positions below are in place
         steps *= numerics.along_axis(multiplier, channel if multiplier.ndim else None, acc.ndim)
         nearest = np.rint(steps)
         steps -= nearest
@@ -281,9 +282,6 @@ def requantizer(how: Requantization, channel: int) -> Callable[[Array], Array]:
         return nearest
 
     return guess
-
-
-_WORTHWHILE = 2.0**-5  # share of values near a tie up to which guessing is faster
 
 
 def _at(how: Requantization, channel: int, shape: tuple[int, ...], positions: Array) -> Requantization:

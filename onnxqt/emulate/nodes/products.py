@@ -320,7 +320,8 @@ def _accumulated(graph: Graph, node: NodeProto, sums: _Sums, tail: Tail) -> tupl
     guess = None if graph.reference else fast.requantizer(sums.how, channel)
 
     def finish(acc: Array) -> Array:
-        acc = acc if sums.may_overflow else sums.with_bias(acc)
+        if not sums.may_overflow:
+            acc = sums.with_bias(acc)
         if guess is None:
             return tail.stored(requantize(acc, sums.how.spread(channel, acc.ndim)))
         steps = guess(acc)
