@@ -455,6 +455,20 @@ def test_emulate_repeats_the_figures_of_the_report(name: str, short_run: Run) ->
     assert content["integer_nodes"] == 12
 
 
+def test_emulate_takes_a_float_model_and_a_table(short_run: Run) -> None:
+    checkpoint, table = short_run.folder / "checkpoint.onnx", short_run.folder / "table.json"
+    arguments = ["--data", short_run.evaluation, "--json"]
+    result = invoke("emulate", checkpoint, "--table", table, "--scheme", "w2a8-asym-pt", *arguments)
+    (found,) = json.loads(result.stdout)["outputs"].values()
+    assert short_run.report["schemes"]["w2a8-asym-pt"]["weights"] == "checkpoint"
+    assert found["metrics"] == short_run.report["schemes"]["w2a8-asym-pt"]["emulator"]["metrics"]
+    lone = invoke("emulate", checkpoint, "--table", table, *arguments)
+    assert (lone.exit_code, lone.stderr) == (
+        2,
+        "Error: --table and --scheme go together: which table, and which of its schemes\n",
+    )
+
+
 def test_emulate_without_reference(short_run: Run) -> None:
     result = invoke("emulate", short_run.scheme_file("w8a8-sym-pc"), "--data", short_run.digits.calib, "--json")
     content = json.loads(result.stdout)

@@ -1038,7 +1038,6 @@ NO_CODES = {
     "products.reach": "a bound; tested by name",
     "products.channel_sums": "a bound; tested by name",
     "products.accumulator_bound": "a bound; tested by name",
-    "products.wrap_int32": "tested by name",
     "fast.has_qlinear": "says which widths have an operator; without it the operator fails",
 }
 MODULES = (add, fast, hardswish, leaky, moves, multiply, pooling, products, resize, softmax, tables, windows)

@@ -211,7 +211,7 @@ def test_beyond_53_bits_the_definition_accumulates_in_int64() -> None:
 
 def test_wrapping_is_twos_complement_and_counted() -> None:
     acc = np.array([0, (1 << 31) - 1, 1 << 31, -(1 << 31), -(1 << 31) - 1, 5 << 32], np.int64)
-    wrapped, count = products.wrap_int32(acc)
+    wrapped, count = products.accumulate_within(acc, 32, "wrap")
     np.testing.assert_array_equal(wrapped, [0, (1 << 31) - 1, -(1 << 31), -(1 << 31), (1 << 31) - 1, 0])
     assert count == 3
 

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from helpers import Prepared, build, normal, prepare
 
 from onnxqt.calibrate import bias_scale
-from onnxqt.export import neutral_table
+from onnxqt.errors import ExportError
+from onnxqt.export import neutral_table, quantized_model, table_quantizers
 from onnxqt.numerics import Array
 
 SCHEMES = ("w8a8-sym-pc", "w8a8-asym-pc", "w4a8-sym-pc", "w8a8-asym-pt", "w4a4-asym-pc")
@@ -149,3 +151,65 @@ def test_lengths_of_the_scales_of_biases() -> None:
     """A grouped ConvTranspose repeats its scales, and a bias of one value has one for each channel."""
     lengths = {name: len(view_of(entry_of(name), "w8a8-sym-pc")["scale"]) for name in ("w", "b", "one")}
     assert lengths == {"w": 3, "b": 6, "one": 5}
+
+
+# Read back
+
+
+def written(folder: Path, change: Callable[[Json], object] = lambda content: None) -> Path:
+    content = json.loads(json.dumps(table()))
+    change(content)
+    path = folder / "table.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_table_gives_every_quantizer_back(scheme: str, tmp_path: Path) -> None:
+    plan, expected = net().plan, net().quantizers(scheme)
+    found = table_quantizers(written(tmp_path), plan, scheme)
+    for ours, theirs in ((found.activations, expected.activations), (found.weights, expected.weights)):
+        assert ours.keys() == theirs.keys()
+        for tensor, params in theirs.items():
+            got = ours[tensor]
+            assert (got.grid, got.axis) == (params.grid, params.axis)
+            assert got.scale.dtype == np.float32
+            np.testing.assert_array_equal(got.scale, params.scale)
+            np.testing.assert_array_equal(got.zero_point, params.zero_point)
+    file = quantized_model(net().model, plan, found)
+    assert file.SerializeToString(deterministic=True) == net().quantized(scheme).SerializeToString(deterministic=True)
+
+
+def edit(key: str, value: Any) -> Callable[[Json], object]:
+    def change(content: Json) -> None:
+        content["tensors"][0]["qparams"][0][key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(format="other"), "is not a table of version 0.1 of onnxqt.quant_table"),
+        (lambda content: content.update(version="9"), "is not a table of version 0.1"),
+        (lambda content: content.update(tensors={}), "'tensors' must be a list of objects with name, qparams, role"),
+        (lambda content: content["tensors"].pop(0), "has no tensor 'x', which the model quantizes"),
+        (edit("schemes", []), "has no scheme w8a8-sym-pc for 'x': name one that it has"),
+        (edit("scale", [-1.0]), "tensor 'x': scale must be finite and > 0"),
+        (edit("scale", "big"), "tensor 'x': .*: correct the entry"),
+        (edit("zero_point", [0, 1]), "tensor 'x': qmin and qmax must be those of the bits, scale and zero_point"),
+        (edit("qmax", 99), "tensor 'x': qmin and qmax must be those of the bits"),
+        (edit("bits", None), "tensor 'x': .*: correct the entry"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_one_line(change: Callable[[Json], object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=message) as caught:
+        table_quantizers(written(tmp_path, change), net().plan, "w8a8-sym-pc")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text("{")
+    for name, message in (("text.json", "is not JSON"), ("absent.json", "cannot read '.*absent.json'")):
+        with pytest.raises(ExportError, match=message):
+            table_quantizers(tmp_path / name, net().plan, "w8a8-sym-pc")

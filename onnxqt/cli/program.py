@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import numpy as np
+from onnx import ModelProto
 
 from onnxqt.cli.options import JSON, MODEL, options, profile_named
 from onnxqt.cli.output import number, print_json, print_table
@@ -15,9 +16,13 @@ from onnxqt.data import InputSpec, Samples, check_labels, fixed_batch, open_samp
 from onnxqt.emulate import Program, load_program
 from onnxqt.errors import ModelError, UsageError
 from onnxqt.evaluate import in_order
+from onnxqt.export import quantized_model, table_quantizers
+from onnxqt.ingest import ingest
 from onnxqt.metrics import Tally
 from onnxqt.pipeline import EVALUATION_BATCH
+from onnxqt.plan import make_plan
 from onnxqt.runtime import Session
+from onnxqt.schemes import parse_scheme
 
 
 @click.command()
@@ -28,19 +33,24 @@ from onnxqt.runtime import Session
 @click.option(
     "--profile", default="ort_cpu", show_default=True, metavar="NAME|FILE", help="Whose arithmetic; see 'profiles'."
 )
+@click.option("--table", type=MODEL, help="FILE is a float model; quantize it as this table.json says first.")
+@click.option("--scheme", metavar="ID", help="Which scheme of the table.")
 @click.option("--dump", is_flag=True, help="Print the integer program: rules, multipliers, accumulators, node by node.")
-def emulate(file: Path, data: Path | None, reference: Path | None, profile: str, dump: bool, as_json: bool) -> None:
+def emulate(
+    file: Path, data: Path | None, reference: Path | None, profile: str, dump: bool, as_json: bool, **source: Any
+) -> None:
     """Run the quantized FILE in the integer arithmetic of a back end, or print the program that does.
 
     \b
     Examples:
         onnxqt emulate schemes/w8a8-sym-pc.onnx --data eval/ --reference checkpoint.onnx
         onnxqt emulate schemes/w8a8-sym-pc.onnx --profile tflite_ref --dump
+        onnxqt emulate checkpoint.onnx --table table.json --scheme w4a8-sym-pc --data eval/
     """
     if data is None and not dump:
         raise UsageError("nothing to do: give samples with --data, or print the program with --dump")
     chosen = profile_named(profile)
-    program = load_program(file, chosen.arithmetic)
+    program = load_program(_quantized(file, **source), chosen.arithmetic)
     content: dict[str, Any] = {"profile": chosen.name}
     if data is not None:
         tallies, overflows, count = _emulated(program, file, data, reference)
@@ -70,6 +80,17 @@ def emulate(file: Path, data: Path | None, reference: Path | None, profile: str,
         )
     if not dump:
         print_table("float nodes", [("node", "operator", "reason"), *program.float_nodes])
+
+
+def _quantized(file: Path, table: Path | None, scheme: str | None) -> Path | ModelProto:
+    """The quantized file, or what a table makes of a float one."""
+    if (table is None) != (scheme is None):
+        raise UsageError("--table and --scheme go together: which table, and which of its schemes")
+    if table is None or scheme is None:
+        return file
+    model = ingest(file)
+    plan = make_plan(model)
+    return quantized_model(model, plan, table_quantizers(table, plan, str(parse_scheme(scheme))))
 
 
 def _emulated(

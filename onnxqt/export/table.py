@@ -4,19 +4,24 @@ Vendor tables are derived from it. The ends of a clip come from the grid, so tha
 same scale again: `min = (qmin - zp) s`, `max = (qmax - zp) s`, and plus and minus `qmax s` on symmetric grids.
 """
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxqt.calibrate import Quantizers, RangeTable, bias_scale
+from onnxqt.errors import ExportError, first_line
 from onnxqt.model import Model
 from onnxqt.numerics import Array, FloatArray, Grid, QParams
 from onnxqt.plan import QuantPlan
 
 FORMAT = "onnxqt.quant_table"
 VERSION = "0.1"
+_LARGEST_FILE = 256 << 20  # bytes
 
 Json = dict[str, Any]
 
@@ -41,6 +46,71 @@ def neutral_table(model: Model, plan: QuantPlan, ranges: RangeTable, quantizers:
             *_biases(model, plan, quantizers),
         ],
     }
+
+
+def table_quantizers(path: Path, plan: QuantPlan, scheme: str) -> Quantizers:
+    """The parameters that a table file has for every quantizer of a plan under one of its schemes.
+
+    Args:
+        path: a file that holds a `neutral_table`, perhaps edited since.
+        plan: the sites of the model that the table describes.
+        scheme: the name of a scheme in the table.
+
+    Raises:
+        ExportError: if the file is no table, or lacks a tensor of the plan or the scheme; naming it.
+    """
+    entries = {(entry["role"] == "weight", entry["name"]): entry for entry in _read(path) if entry["role"] != "bias"}
+
+    def params(tensor: str, weight: bool) -> QParams:
+        entry = entries.get((weight, tensor))
+        if entry is None:
+            raise ExportError(
+                f"'{path}' has no tensor '{tensor}', which the model quantizes: give the table of this model"
+            )
+        view = next((view for view in entry["qparams"] if scheme in view["schemes"]), None)
+        if view is None:
+            raise ExportError(f"'{path}' has no scheme {scheme} for '{tensor}': name one that it has")
+        return _params_of(path, tensor, view)
+
+    return Quantizers(
+        {site.tensor: params(site.tensor, weight=False) for site in plan.activations},
+        {site.tensor: params(site.tensor, weight=True) for site in plan.weights},
+    )
+
+
+def _read(path: Path) -> list[Json]:
+    """The tensors of a table file."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ExportError(f"'{path}' is larger than {_LARGEST_FILE >> 20} MiB: give a table that onnxqt wrote")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ExportError(f"cannot read '{path}' ({error.strerror}): give a table that onnxqt wrote") from error
+    except ValueError as error:
+        raise ExportError(f"'{path}' is not JSON ({first_line(error)}): give a table that onnxqt wrote") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise ExportError(f"'{path}' is not a table of version {VERSION} of {FORMAT}: give a table that onnxqt wrote")
+    tensors = content.get("tensors")
+    fields = {"name", "role", "qparams"}
+    if not isinstance(tensors, list) or not all(isinstance(t, dict) and fields <= t.keys() for t in tensors):
+        raise ExportError(f"'{path}': 'tensors' must be a list of objects with {', '.join(sorted(fields))}")
+    return tensors
+
+
+def _params_of(path: Path, tensor: str, view: Json) -> QParams:
+    """A view of a tensor as parameters."""
+    try:
+        grid = Grid(int(view["bits"]), bool(view["signed"]))
+        grid = replace(grid, narrow=int(view["qmin"]) == grid.qmin + 1)
+        scale, zero_point = np.asarray(view["scale"], np.float32), np.asarray(view["zero_point"], np.int32)
+        axis = None if view["axis"] is None else int(view["axis"])
+        if (grid.qmin, grid.qmax) != (view["qmin"], view["qmax"]) or scale.ndim != 1 or scale.shape != zero_point.shape:
+            raise ValueError("qmin and qmax must be those of the bits, scale and zero_point lists of one length")
+        if axis is None:
+            scale, zero_point = scale.reshape(()), zero_point.reshape(())
+        return QParams(scale, zero_point, grid, axis)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"'{path}', tensor '{tensor}': {first_line(error)}: correct the entry") from error
 
 
 def _activation(model: Model, tensor: str, ranges: RangeTable, quantizers: Mapping[str, Quantizers]) -> Json:

@@ -72,12 +72,6 @@ def exact_parts(weights: IntArray, axis: int, input_reach: int) -> tuple[tuple[i
     return ()
 
 
-def wrap_int32(acc: Array) -> tuple[IntArray, int]:
-    """`acc` as a 32-bit register holds it (two's complement), and how many values it changed."""
-    wrapped = acc.astype(np.int32)
-    return wrapped, int(np.count_nonzero(wrapped != acc))
-
-
 @dataclass(frozen=True, slots=True)
 class Product:
     """A sum of products with constant weights, and the two ways to run it.
