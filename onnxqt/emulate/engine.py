@@ -69,10 +69,9 @@ def load_program(
     graph = open_graph(proto, arithmetic, reference)
     for node in proto.graph.node:
         _fold(graph, node)
-    decide = _decide if arithmetic.levels == "uniform" else _decide_levels
     for node in proto.graph.node:
         if node.output[0] not in graph.done:
-            decide(graph, node)
+            _decide(graph, node)
     program = _program(graph)
     graph.steps.clear()  # which refer to the graph: so a program is freed as soon as it is dropped
     return program
@@ -148,35 +147,40 @@ def _restacked(graph: Graph, node: NodeProto) -> Tensor | None:
 
 def _decide(graph: Graph, node: NodeProto) -> None:
     """Writes down the step of one node, and what the graph knows of the node's outputs."""
-    dynamic = [name for name in read_names(node) if not is_constant(graph, name)]
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not is_static(graph, node):
-        _float(graph, node, "its scale or zero point is computed at run time")
-    elif node.op_type == "QuantizeLinear":
-        _quantize(graph, node)
-    elif node.op_type == "DequantizeLinear" and node.input[0] in graph.grids:
-        graph.tensors[node.output[0]] = Tensor(node.input[0], per_tensor(graph, node))
+    moving = [name for name in read_names(node) if not is_constant(graph, name)]
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        _decide_quantizer(graph, node)
     elif node.op_type == "Shape":
         _shape(graph, node)
-    elif dynamic and graph.shapes.issuperset(dynamic):
+    elif moving and graph.shapes.issuperset(moving):
         graph.shapes.update(node.output)
         _float(graph, node, "")
+    elif graph.arithmetic.levels != "uniform":
+        logarithmic.decide(graph, node)
     else:
-        try:
-            build(graph, node)
-        except NotIntegerError as reason:
-            _float(graph, node, str(reason))
+        _build(graph, node)
 
 
-def _decide_levels(graph: Graph, node: NodeProto) -> None:
-    """The same for a device with a logarithmic grid."""
-    moving = [name for name in read_names(node) if not is_constant(graph, name)]
-    if node.op_type == "Shape":
-        _shape(graph, node)
-        return
-    shapes = bool(moving) and graph.shapes.issuperset(moving)
-    if shapes:
-        graph.shapes.update(node.output)
-    logarithmic.decide(graph, node, computes=not shapes)
+def _decide_quantizer(graph: Graph, node: NodeProto) -> None:
+    """Writes down the step of a QuantizeLinear or DequantizeLinear."""
+    if not is_static(graph, node):
+        _float(graph, node, "its scale or zero point is computed at run time")
+    elif graph.arithmetic.levels != "uniform":
+        logarithmic.quantizer(graph, node)
+    elif node.op_type == "QuantizeLinear":
+        _quantize(graph, node)
+    elif node.input[0] in graph.grids:
+        graph.tensors[node.output[0]] = Tensor(node.input[0], per_tensor(graph, node))
+    else:
+        _build(graph, node)
+
+
+def _build(graph: Graph, node: NodeProto) -> None:
+    """An integer step where the node has one, else a float one with the reason."""
+    try:
+        build(graph, node)
+    except NotIntegerError as reason:
+        _float(graph, node, str(reason))
 
 
 def _quantize(graph: Graph, node: NodeProto) -> None:

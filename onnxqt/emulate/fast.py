@@ -2,7 +2,7 @@
 
 What may stand for the definition, and why it is equal:
 
-- QLinearConv, QGemm and QLinearMatMul compute `float32_even` on exact INT32 accumulators (`ort_cpu` in VALIDATION.md);
+- QLinearConv and QGemm compute `float32_even` on exact INT32 accumulators (`ort_cpu` in VALIDATION.md);
 - ConvInteger and MatMulInteger give exact INT32 accumulators, for any rule behind them; codes of 16 bits are two
   bytes, `x = 256 high + low`, whose accumulators add up in INT64;
 - pairs of products saturate at 16 bits only where both weights have one sign and add up to more than 128, so these
@@ -18,50 +18,29 @@ The tests compare each with the definition on the same inputs.
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from onnxqt import numerics
+from onnxqt.emulate.graph import one_node_run
 from onnxqt.emulate.kernels import tables
 from onnxqt.emulate.kernels.products import in_blocks
 from onnxqt.emulate.kernels.windows import Window, taps
 from onnxqt.emulate.steps import storage
 from onnxqt.numerics import Array, IntArray, QParams
 from onnxqt.requantize import Requantization, effective_multiplier, rounded
-from onnxqt.runtime import Session
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _OPSETS = (helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1))
 
 
-def operator(node: NodeProto, inputs: Sequence[str], constants: dict[str, Array], result: Any) -> Callable[..., Array]:
+def operator(node: NodeProto, inputs: Sequence[str], constants: dict[str, Array]) -> Callable[..., Array]:
     """One node of ONNX Runtime on one thread: the values of `inputs`, in order -> its output."""
-    kinds: dict[tuple[Any, ...], Session] = {}
-
-    def session(values: Sequence[Array]) -> Session:
-        key = tuple(value.dtype for value in values)
-        if key not in kinds:
-            infos = [
-                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
-                for name, value in zip(inputs, values, strict=True)
-            ]
-            output = helper.make_tensor_value_info(
-                node.output[0], helper.np_dtype_to_tensor_dtype(np.dtype(result)), None
-            )
-            stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-            graph = helper.make_graph([node], "node", infos, [output], stored)
-            model = helper.make_model(graph, opset_imports=_OPSETS, ir_version=8)
-            kinds[key] = Session(model, optimize=False, threads=1)
-        return kinds[key]
-
-    def run(*values: Array) -> Array:
-        (output,) = session(values).run(dict(zip(inputs, values, strict=True))).values()
-        return output
-
-    return run
+    stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    run = one_node_run(node, stored, _OPSETS, dict.fromkeys(inputs), optimize=False, threads=1)
+    return lambda *values: run(*values)[0]
 
 
 # Sums of products
@@ -99,12 +78,11 @@ def matmul_integer(weights: IntArray, x: QParams) -> Callable[[Array], Array]:
 def _by_bytes(node: NodeProto, constants: dict[str, Array], x: QParams) -> Callable[[Array], Array]:
     """Accumulators of stored codes through an operator on unsigned bytes."""
     if x.grid.bits <= 8:
-        run = operator(node, ["x"], {**constants, "zx": _zero_point(x)}, np.int32)
+        run = operator(node, ["x"], {**constants, "zx": _zero_point(x)})
         return lambda codes: run(unsigned(codes))
     zero = int(x.zero_point) + (1 << 15 if x.grid.signed else 0)
     high, low = (
-        operator(node, ["x"], {**constants, "zx": np.asarray(byte, np.uint8)}, np.int32)
-        for byte in (zero >> 8, zero & 255)
+        operator(node, ["x"], {**constants, "zx": np.asarray(byte, np.uint8)}) for byte in (zero >> 8, zero & 255)
     )
 
     def accumulate(codes: Array) -> Array:
@@ -181,7 +159,7 @@ def matmul_codes(a: QParams, b: QParams) -> Callable[[Array, Array], Array]:
         "za": _zero_point(a),
         "zb": _zero_point(b),
     }
-    run = operator(node, ["a", "b"], constants, np.int32)
+    run = operator(node, ["a", "b"], constants)
     return lambda x, y: run(unsigned(x), unsigned(y))
 
 
@@ -209,7 +187,7 @@ def qlinear_conv(
     names = ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy", *(["b"] if bias is not None else [])]
     node = helper.make_node("QLinearConv", names, ["y"])
     node.attribute.extend(attributes)
-    run = operator(node, ["x"], _linear(weights, bias, x, target), np.uint8)
+    run = operator(node, ["x"], _linear(weights, bias, x, target))
     return lambda codes: restored(run(unsigned(codes)), target)
 
 
@@ -217,7 +195,7 @@ def qgemm(weights: tuple[IntArray, Array], bias: Array | None, x: QParams, targe
     """Codes of a matrix product under `float32_even`; the rows are all axes but the last."""
     names = ["x", "sx", "zx", "w", "sw", "zw", "b" if bias is not None else "", "sy", "zy"]
     node = helper.make_node("QGemm", names, ["y"], domain="com.microsoft")
-    run = operator(node, ["x"], _linear(weights, bias, x, target), np.uint8)
+    run = operator(node, ["x"], _linear(weights, bias, x, target))
 
     def product(codes: Array) -> Array:
         rows = unsigned(np.ascontiguousarray(codes)).reshape(-1, codes.shape[-1])
@@ -350,5 +328,5 @@ def qlinear_add(a: QParams, b: QParams, target: QParams) -> Callable[[Array, Arr
     for tensor, params in (("a", a), ("b", b), ("c", target)):
         constants[f"s{tensor}"] = np.asarray(params.scale, np.float32)
         constants[f"z{tensor}"] = _zero_point(params)
-    run = operator(node, ["a", "b"], constants, np.uint8)
+    run = operator(node, ["a", "b"], constants)
     return lambda x, y: restored(run(unsigned(x), unsigned(y)), target)

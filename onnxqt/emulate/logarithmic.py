@@ -5,8 +5,8 @@ With `z = round(16 log2(max |x|)) - 127` the levels of a tensor are 0 and
     +- 2^((k + z) / 16),   k = 0 ... 127 above zero, 1 ... 127 below
 
 and a value takes the level nearest in its logarithm; values up to 2^((z - 16) / 16) above zero, or 2^((z - 15) / 16)
-below, become 0. (MQBench, fake_quantize/nnie.py, and its table of hardware.) What is computed from
-the levels is computed in float32: how the device adds up is not documented.
+below, become 0. (MQBench, fake_quantize/nnie.py, and its table of hardware.) What is computed from the levels is
+computed in float32: how the device adds up is not documented.
 """
 
 import numpy as np
@@ -39,33 +39,26 @@ def nearest_levels(x: Array, largest: float) -> FloatArray:
     return np.where(counts, np.copysign(level, x), 0).astype(np.float32)
 
 
-def decide(graph: Graph, node: NodeProto, computes: bool) -> None:
-    """Writes down the step of one node of a file with quantizers around what the device computes.
+def quantizer(graph: Graph, node: NodeProto) -> None:
+    """Writes down the step of a QuantizeLinear or DequantizeLinear; the scale says what the largest value is."""
+    params = per_tensor(graph, node)
+    largest = float(params.scale) * params.grid.qmax
 
-    Args:
-        graph: the file; its quantizers say which tensors are on a grid, and their scales what its largest value is.
-        node: any node.
-        computes: whether the node computes with values that move (and no shapes).
-    """
-    if node.op_type == "QuantizeLinear":
-        params = per_tensor(graph, node)
-        largest = float(params.scale) * params.grid.qmax
-        info = NodeInfo(node_name(node), node.op_type, "boundary", rule="log16", implementation="levels in float32")
-        graph.steps.append(Step(info, (node.input[0],), (node.output[0],), lambda x: (nearest_levels(x, largest),)))
-        graph.levels.add(node.output[0])
-        return
-    if node.op_type == "DequantizeLinear":
-        info = NodeInfo(node_name(node), node.op_type, "boundary", rule="log16", implementation="levels in float32")
-        graph.steps.append(Step(info, (node.input[0],), (node.output[0],), lambda x: (x,)))
-        graph.levels.add(node.output[0])
-        return
+    def run(x: Array) -> tuple[Array, ...]:
+        return (nearest_levels(x, largest) if node.op_type == "QuantizeLinear" else x,)
+
+    info = NodeInfo(node_name(node), node.op_type, "boundary", rule="log16", implementation="levels in float32")
+    graph.steps.append(Step(info, (node.input[0],), (node.output[0],), run))
+    graph.levels.add(node.output[0])
+
+
+def decide(graph: Graph, node: NodeProto) -> None:
+    """Writes down the step of a node that computes."""
     on_levels = bool(node.input) and node.input[0] in graph.levels
     if on_levels and node.op_type in _WEIGHTED and is_constant(graph, node.input[1]):
         node = _with_levels(graph, node)
     names = [name for name in read_names(node) if not is_constant(graph, name)]
-    if not computes:
-        info = NodeInfo(node_name(node), node.op_type, "shape")
-    elif on_levels:
+    if on_levels:
         info = NodeInfo(node_name(node), node.op_type, "integer", rule="log16", implementation="levels in float32")
     else:
         info = NodeInfo(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import onnx
 
-from onnxqt.calibrate import RangeMethod, RangeTable, calibrate, make_quantizers
+from onnxqt.calibrate import RangeMethod, RangeTable, calibrate, make_quantizers, tensors_of
 from onnxqt.compiler import compile_model, compiler_plan
 from onnxqt.errors import EmulatorError, OnnxqtError, UnboundedError, first_line
 from onnxqt.evaluate import Reference, Tallies, evaluate
@@ -49,15 +49,10 @@ class Bench:
         """The ranges of all tensors that any profile quantizes, and the tensors that no grid can hold."""
         unbounded: tuple[str, ...] = ()
         while True:
-            sites = {
-                site.tensor: site
-                for profile, column in self._task.columns
-                for site in self._plan(profile, column, unbounded).activations
-            }
-            plan = QuantPlan(tuple(sites.values()), (), (), unbounded)
+            task = self._task
+            tensors = tensors_of(self._plan(profile, column, unbounded) for profile, column in task.columns)
             try:
-                task = self._task
-                return calibrate(self._model, plan, task.calibration, task.calibration_batch), unbounded
+                return calibrate(self._model, tensors, task.calibration, task.calibration_batch), unbounded
             except UnboundedError as error:
                 unbounded = (*unbounded, *error.tensors)
 

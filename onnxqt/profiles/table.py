@@ -220,7 +220,7 @@ _ROWS = (
             symmetric=True,
             per_channel=False,
             power_of_two="activations",
-            operators=(*_PRODUCTS, *_POOLS, *_SUMS, *_CLAMPS, *_TABLES, "Softmax", "Resize"),
+            operators=_ALL,
         ),
         Arithmetic(product="fixed16_away", add="float", multiply="float", average="float", mean="float"),
         "16-bit multiplier, half away from zero: the documents give no rounding",

@@ -1,7 +1,8 @@
 """Operators that treat every element alone: sums and products of two tensors, activation functions, clamps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from onnxqt.emulate.graph import (
 )
 from onnxqt.emulate.kernels import add, hardswish, leaky, multiply, tables
 from onnxqt.emulate.kernels import softmax as softmax_kernels
-from onnxqt.emulate.steps import Detail, Tensor
+from onnxqt.emulate.steps import Detail, NodeInfo, Tensor
 from onnxqt.emulate.tail import Tail, emit, follow, integer, widened
 from onnxqt.numerics import Array, IntArray, QParams
 from onnxqt.requantize import ScaleError, requantization, requantize
@@ -117,13 +118,10 @@ def function(graph: Graph, node: NodeProto) -> None:
     else:
         real = _evaluate(graph, unit, _source_of(graph, node), every)
     table = tail.limit(tables.TABLE_RULES[rule](real, tail.params))
-    run = fast.lookup(table, x.params, tail.params)
     graph.done.update(part.output[0] for part in unit)
     operators = " ".join(part.op_type for part in unit)
     note = f"one table for {operators}" if len(unit) > 1 else ""
-    info = integer(node, f"table {rule}", _TABLE, note)
-    detail = Detail(attributes_of(node), clamp=tail.clamp, table=table)
-    emit(graph, (x,), tail, lambda codes: (run(codes),), (info, detail))
+    _emit_table(graph, x, tail, table, integer(node, f"table {rule}", _TABLE, note), attributes_of(node))
 
 
 def _source_of(graph: Graph, node: NodeProto) -> str:
@@ -221,7 +219,7 @@ def leaky_relu(graph: Graph, node: NodeProto) -> None:
         raise NotIntegerError(f"a table for {x.params.grid.bits}-bit codes is too large")
     alpha, rounding = np.float32(attributes_of(node).get("alpha", 0.01)), graph.arithmetic.quantize
     table = leaky.RULES[rule](tables.every_code(x.params), alpha, (x.params, None), tail.params, rounding)
-    _emit_table(graph, node, x, tail, rule, tail.limit(table))
+    _emit_table(graph, x, tail, tail.limit(table), integer(node, rule, _TABLE), attributes_of(node))
 
 
 def prelu(graph: Graph, node: NodeProto) -> None:
@@ -253,10 +251,11 @@ def prelu(graph: Graph, node: NodeProto) -> None:
     emit(graph, (x,), tail, widened(kernel, tail), (integer(node, rule, "numpy"), detail))
 
 
-def _emit_table(graph: Graph, node: NodeProto, x: Tensor, tail: Tail, rule: str, table: Array) -> None:
+def _emit_table(
+    graph: Graph, x: Tensor, tail: Tail, table: Array, info: NodeInfo, attributes: Mapping[str, Any]
+) -> None:
     run = fast.lookup(table, x.params, tail.params)
-    detail = Detail(attributes_of(node), clamp=tail.clamp, table=table)
-    emit(graph, (x,), tail, lambda codes: (run(codes),), (integer(node, rule, _TABLE), detail))
+    emit(graph, (x,), tail, lambda codes: (run(codes),), (info, Detail(attributes, clamp=tail.clamp, table=table)))
 
 
 def hard_swish(graph: Graph, node: NodeProto) -> None:
@@ -268,7 +267,7 @@ def hard_swish(graph: Graph, node: NodeProto) -> None:
     if x.params.grid.bits > 8:
         raise NotIntegerError("the back end has HardSwish for 8-bit codes alone")
     table = tail.limit(hardswish.hard_swish(tables.every_code(x.params), x.params, tail.params))
-    _emit_table(graph, node, x, tail, graph.arithmetic.hard_swish, table)
+    _emit_table(graph, x, tail, table, integer(node, graph.arithmetic.hard_swish, _TABLE), attributes_of(node))
 
 
 def softmax(graph: Graph, node: NodeProto) -> None:
