@@ -412,7 +412,7 @@ def _divergence(seen: TensorRange, laying: _Laying, interval: Interval) -> float
     q = np.where(occupied, (total / np.maximum(share, 1))[level], 0.0)
     p[0] += counts[x < lo].sum()
     p[-1] += counts[x > hi].sum()
-    p, q = p / p.sum(), q / max(q.sum(), 1.0)
+    p, q = p / p.sum(), q / (q.sum() or 1.0)
     mask = p > 0
     return float(np.sum(p[mask] * np.log(p[mask] / np.maximum(q[mask], 1e-12))))
 

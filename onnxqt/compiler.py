@@ -10,13 +10,15 @@ from dataclasses import replace
 import onnx
 
 from onnxqt.calibrate import RangeTable, make_quantizers, weight_quantizers
+from onnxqt.errors import UsageError
 from onnxqt.export import quantized_model
 from onnxqt.model import Model
 from onnxqt.numerics import Grid
 from onnxqt.ops import MOVES
 from onnxqt.plan import QuantPlan, Rules, make_plan
-from onnxqt.profiles import Policy, Precision
+from onnxqt.profiles import Policy, Precision, Profile, parse_precision
 from onnxqt.schemes import Grids, Placement
+from onnxqt.trim import Regime
 
 ABSENT = "is not among the operators that the back end runs on integers"
 
@@ -72,6 +74,34 @@ def compiler_plan(model: Model, policy: Policy, unbounded: Collection[str] = ())
         absent=ABSENT,
     )
     return make_plan(model, unbounded, rules)
+
+
+def profile_regimes(profile: Profile) -> tuple[Regime, ...]:
+    """What a checkpoint meets on a back end: one regime for each of its precisions.
+
+    The grids and their ranges are the compiler's; where quantizers stand is this package's own plan.
+
+    Raises:
+        UsageError: if the back end has logarithmic levels, which training cannot round to.
+    """
+    if profile.arithmetic.levels != "uniform":
+        raise UsageError(
+            f"--robust-to {profile.name}: training cannot round to its logarithmic levels: name another back end"
+        )
+    policy = profile.policy
+    return tuple(
+        Regime(f"{profile.name}/{name}", _trained_grids(profile, precision), policy.ranges, precision.dynamic)
+        for name in policy.precisions
+        for precision in (parse_precision(name),)
+    )
+
+
+def _trained_grids(profile: Profile, precision: Precision) -> Grids:
+    """The grids of a precision; those found at run time per row are symmetric, whatever the calibrated ones are."""
+    grids = grids_of(profile.policy, precision)
+    if precision.dynamic and profile.arithmetic.dynamic == "row":
+        return replace(grids, activation_placement=Placement(symmetric=True))
+    return grids
 
 
 def grids_of(policy: Policy, precision: Precision) -> Grids:

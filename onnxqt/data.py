@@ -12,9 +12,9 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,8 @@ ARRAY_LIMIT = 4 << 30  # bytes of one array in a file
 WINDOW_LIMIT = 256 << 20  # bytes of the shards that `Samples.shuffled` holds
 _HEADER_LIMIT = 1 << 16
 _CHUNK = 1 << 20
+# What labels become, by the kind of their element type.
+_LABEL_TYPES: Mapping[str, np.dtype[Any]] = {**dict.fromkeys("iub", np.dtype("i8")), "f": np.dtype("f4")}
 _READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -69,6 +71,7 @@ class Batch:
     Attributes:
         inputs: by input name, the batch axis first, in the model's element type.
         labels: int64 class numbers, (samples,); None where the source has none.
+        targets: every array of labels by its name, one row per sample; int64 or float32.
         index: int64 sample numbers in the whole source (also when read from a subset of it), (samples,).
         fed: samples that the inputs hold, those repeated to fill a fixed batch included; 0 without a batch axis.
     """
@@ -77,11 +80,17 @@ class Batch:
     labels: Array | None
     index: Index
     fed: int
+    targets: Mapping[str, Array] = field(default_factory=dict)
 
     def real(self, output: Array) -> Array:
         """An output of the model without the rows of repeated samples."""
         rows = len(self.index)
         return output[:rows] if 0 < rows < self.fed and output.ndim and len(output) == self.fed else output
+
+
+def has_classes(targets: Iterable["InputSpec"]) -> bool:
+    """Whether arrays of labels hold class numbers of the samples: `labels`, integers (samples,)."""
+    return any(t.name == LABELS and t.dtype.kind == "i" and len(t.shape) == 1 for t in targets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +134,21 @@ class Samples:
 
     Attributes:
         source: what the user gave, for messages.
-        has_labels: whether every batch has labels.
+        targets: name, element type (int64 or float32) and shape of each array of labels; sizes that differ between
+            files are None.
         stacked: whether the model has no batch axis, so that a batch is one sample without the axis of samples.
     """
 
     source: str
-    has_labels: bool
+    targets: tuple[InputSpec, ...]
     stacked: bool
     _shards: tuple[_Shard, ...]
     _chosen: Index  # sample numbers, ascending
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every batch has class numbers, one per sample: an array `labels` of integers, (samples,)."""
+        return has_classes(self.targets)
 
     @property
     def count(self) -> int:
@@ -225,10 +240,10 @@ class Samples:
                         "bring all files to one shape or pass --batch-size 1"
                     )
                 arrays[name][here] = rows
-        labels = arrays.pop(LABELS) if self.has_labels else None
         if self.stacked:
-            return Batch({name: rows[0, ...] for name, rows in arrays.items()}, labels, index, 0)
-        return Batch(arrays, labels, index, len(index))
+            return Batch({name: rows[0, ...] for name, rows in arrays.items()}, None, index, 0)
+        targets = {target.name: arrays.pop(target.name) for target in self.targets}
+        return Batch(arrays, targets[LABELS] if self.has_labels else None, index, len(index), targets)
 
     def split(self, fraction: float, limit: int) -> tuple["Samples", "Samples"]:
         """Divide into (rest, held): disjoint, `held` evenly spaced over the whole set, both not empty.
@@ -289,7 +304,8 @@ def open_samples(source: str | os.PathLike[str] | Mapping[str, Array], specs: Se
     input), read in the order of their names; or one such file; or arrays in memory by name. Subdirectories,
     hidden files and files of other kinds are passed over. Every array has the samples along its first axis; for a
     model without a batch axis (see `has_batch_axis`) that is an axis more than the input has.
-    An array `labels` of integer class numbers, one per sample, may accompany the inputs.
+    Arrays of labels may accompany the inputs, with one row per sample: `labels` for the model's first output,
+    `labels:OUTPUT` for the output of that name. Integers become int64, floats float32.
 
     Floats of any width are converted to the model's float type, and int32 and int64 to each other; every
     other difference in element type is an error. The number of samples need not be a multiple of a batch
@@ -310,20 +326,14 @@ def open_samples(source: str | os.PathLike[str] | Mapping[str, Array], specs: Se
         with _reading(name):
             files = _find_files(Path(name))
         shards = [_open_file(path, specs) for path in files]
-    labelled = [shard.name for shard in shards if len(shard.stored) > len(specs)]
-    unlabelled = [shard.name for shard in shards if len(shard.stored) == len(specs)]
-    if labelled and unlabelled:
-        raise DataError(
-            f"{unlabelled[0]} has no array {LABELS!r}, but {labelled[0]} has one; "
-            "add it to every file or remove it from all"
-        )
+    targets = _targets(shards, {spec.name for spec in specs})
     count = sum(shard.count for shard in shards)
-    if labelled and stacked:
+    if targets and stacked:
         raise DataError(
-            f"{labelled[0]} has an array {LABELS!r}, but the model has no batch axis and so no scores per "
+            f"{shards[0].name} has an array {targets[0].name!r}, but the model has no batch axis and so no scores per "
             "sample; remove it"
         )
-    return Samples(name, bool(labelled), stacked, tuple(shards), np.arange(count, dtype=np.int64))
+    return Samples(name, targets, stacked, tuple(shards), np.arange(count, dtype=np.int64))
 
 
 def has_batch_axis(specs: Sequence[InputSpec]) -> bool:
@@ -370,25 +380,40 @@ def require(samples: Samples, minimum: int, what: str) -> None:
         )
 
 
-def check_labels(samples: Samples, classes: int) -> None:
-    """Check that every label lies in [0, classes - 1]; reads the labels only.
+def check_labels(samples: Samples, classes: int, array: str = LABELS) -> None:
+    """Check that every class number in an array of labels lies in [0, classes - 1]; reads that array only.
 
     Raises:
-        DataError: if one does not, or if there are no labels.
+        DataError: if one does not, or if there is no such array.
     """
-    if not samples.has_labels:
-        raise DataError(f"{samples.source} has no labels; add an integer array {LABELS!r} to every file")
+    remedy = f"but the model has {classes} classes; number them from 0 to {classes - 1}"
+    check_targets(samples, array, (0, classes - 1), remedy)
+
+
+def check_targets(samples: Samples, array: str, limits: tuple[float, float], remedy: str) -> None:
+    """Check that every value in an array of labels lies within limits; reads that array only.
+
+    Args:
+        samples: all of them are read.
+        array: its name.
+        limits: the least and the largest value allowed.
+        remedy: completes "the label of sample N of the file is V, ...".
+
+    Raises:
+        DataError: if one does not, or if there is no such array.
+    """
+    if all(target.name != array for target in samples.targets):
+        raise DataError(f"{samples.source} has no labels; add an array {array!r} to every file")
+    low, high = limits
     for number in samples._used:
         shard = samples._shards[number]
         rows = samples._of_shard(number) - samples._starts[number]
-        with _opened(shard, rows, [LABELS]) as take:
-            labels = take(rows)[LABELS]
-        bad = np.flatnonzero((labels < 0) | (labels >= classes))
+        with _opened(shard, rows, [array]) as take:
+            values = take(rows)[array]
+        bad = np.argwhere((values < low) | (values > high))
         if len(bad):
-            raise DataError(
-                f"{shard.name}: the label of sample {rows[bad[0]]} of the file is {labels[bad[0]]}, but the "
-                f"model has {classes} classes; number them from 0 to {classes - 1}"
-            )
+            sample, value = rows[bad[0, 0]], values[tuple(bad[0])]
+            raise DataError(f"{shard.name}: the label of sample {sample} of the file is {value}, {remedy}")
 
 
 def _open_arrays(name: str, arrays: Mapping[str, Array], specs: Sequence[InputSpec]) -> _Shard:
@@ -494,8 +519,40 @@ def _check_names(where: str, found: Collection[str], specs: Sequence[InputSpec])
                 f"name arrays as the inputs: numpy.savez(file, **{{{name!r}: array}})"
             )
     for name in found:
-        if name not in (*names, LABELS):
+        if name not in names and not _is_target(name):
             raise DataError(f"{where}: array {name!r} is no input of the model: {both}; remove or rename it")
+
+
+def _is_target(name: str) -> bool:
+    """Whether an array that is no input of the model holds labels."""
+    return name == LABELS or name.startswith(f"{LABELS}:")
+
+
+def _targets(shards: Sequence[_Shard], inputs: Collection[str]) -> tuple[InputSpec, ...]:
+    """The arrays of labels, which every file must have."""
+    names = dict.fromkeys(name for shard in shards for name in shard.stored if name not in inputs)
+    return tuple(_target(name, shards) for name in names)
+
+
+def _target(name: str, shards: Sequence[_Shard]) -> InputSpec:
+    """What all files have in common of one array of labels."""
+    owner = next(shard for shard in shards if name in shard.stored)
+    dtype, shape = owner.dtypes[name], owner.stored[name].shape[1:]
+    sizes: list[int | None] = list(shape)
+    for shard in shards:
+        if name not in shard.stored:
+            raise DataError(
+                f"{shard.name} has no array {name!r}, but {owner.name} has one; "
+                "add it to every file or remove it from all"
+            )
+        other = shard.stored[name].shape[1:]
+        if shard.dtypes[name] != dtype or len(other) != len(shape):
+            raise DataError(
+                f"{shard.name}: array {name!r} is {shard.dtypes[name]} with samples of shape {other}, but in "
+                f"{owner.name} {dtype} with samples of shape {shape}; save the same kind of labels in every file"
+            )
+        sizes = [have if have == size else None for have, size in zip(sizes, other, strict=True)]
+    return InputSpec(name, dtype, (None, *sizes))
 
 
 def _check_arrays(name: str, stored: dict[str, _Stored], specs: Sequence[InputSpec]) -> dict[str, np.dtype[Any]]:
@@ -503,14 +560,14 @@ def _check_arrays(name: str, stored: dict[str, _Stored], specs: Sequence[InputSp
     dtypes = {spec.name: spec.dtype.newbyteorder("=") for spec in specs}
     for spec in specs:
         _check_input(f"{name}: array {spec.name!r}", stored[spec.name], spec)
-    if LABELS in stored.keys() - dtypes.keys():
-        labels = stored[LABELS]
-        if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
+    for key in stored.keys() - dtypes.keys():
+        labels = stored[key]
+        if labels.dtype.kind not in _LABEL_TYPES or not labels.shape:
             raise DataError(
-                f"{name}: array {LABELS!r} is {labels.dtype} of shape {labels.shape}, but labels are one "
-                "class number per sample; save a 1-D integer array (the argmax of one-hot rows)"
+                f"{name}: array {key!r} is {labels.dtype} of shape {labels.shape}, but labels are numbers, with one "
+                "row per sample; save class numbers as a 1-D integer array, real values as floats"
             )
-        dtypes[LABELS] = np.dtype(np.int64)
+        dtypes[key] = _LABEL_TYPES[labels.dtype.kind]
     count = stored[specs[0].name].shape[0]
     for key, array in stored.items():
         if array.shape[0] != count:

@@ -2,37 +2,41 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
 
-from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, calibrate, make_quantizers
+from onnxqt.calibrate import RangeMethod, RangeTable, calibrate
+from onnxqt.candidates import Candidate, mean_error
 from onnxqt.data import Batch, Samples, check_labels, fixed_batch, open_samples, require
-from onnxqt.errors import DataError, ModelError, UnboundedError, UsageError
-from onnxqt.evaluate import Reference, evaluate, evaluate_file
-from onnxqt.export import neutral_table, quantized_model
+from onnxqt.errors import ModelError, UnboundedError, UsageError
+from onnxqt.evaluate import Reference, Tallies, evaluate, evaluate_file
+from onnxqt.export import neutral_table
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
 from onnxqt.ingest import ingest
 from onnxqt.ingest.files import EMBED_LIMIT
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
+from onnxqt.pictures import TAILS_PICTURE, TRAINING_PICTURE, draw_tails, draw_training
 from onnxqt.plan import QuantPlan, make_plan
+from onnxqt.ptq import PtqSettings, Step, equalize, improve
 from onnxqt.report import Findings, Report, SchemeResult, build_report
 from onnxqt.runtime import Session
 from onnxqt.schemes import DEFAULT_SCHEMES, Scheme
-from onnxqt.trim import DEFAULT_LEARNING_RATE, HELD_FRACTION, HELD_LIMIT, Trimmed, TrimSettings, check_trainable
+from onnxqt.trim import Regime, Subject, Trimmed, TrimSettings, check_trainable, scheme_regime
 from onnxqt.trim import trim as fine_tune
 from onnxqt.trim.job import SAMPLES
-from onnxqt.trim.losses import LossName
+from onnxqt.trim.settings import HELD_FRACTION, HELD_LIMIT
 from onnxqt.verify import Verdict, verify
 
 CALIBRATION_LIMIT = 512  # samples whose ranges are recorded
 CALIBRATION_BATCH = 32
 VERIFY_LIMIT = 64  # samples on which every exported file is checked
 EVALUATION_BATCH = 64
+EQUALIZE_LIMIT = 128  # samples on which equalization is judged
 
 CHECKPOINT = "checkpoint.onnx"
 TABLE = "table.json"
@@ -41,6 +45,8 @@ TRAINING_FOLDER = "training"
 SCHEMES_FOLDER = "schemes"
 
 Data = str | Path | Mapping[str, Array]
+Equalize = Literal["auto", "always", "never"]
+EQUALIZE: tuple[Equalize, ...] = ("auto", "always", "never")
 
 
 class Progress(Protocol):
@@ -69,38 +75,44 @@ class Settings:
 
     Attributes:
         schemes: what to quantize to, and to become robust to.
-        steps: training updates; 0 skips training.
-        batch_size: samples of an update.
-        learning_rate: peak of AdamW's learning rate.
-        seed: of the order of samples and schemes.
-        loss: "distill" from the original model, "cross-entropy" with labels, or "auto": cross-entropy if the
-            calibration data has labels.
+        training: how to fine-tune.
+        robust_to: further ways to quantize that the checkpoint is to become robust to.
         ranges: how the activations' clips are chosen.
+        equalize: start from the weights after cross-layer equalization: "always", "never", or "auto": where they lose
+            less under the schemes on calibration samples.
+        ptq: steps of post-training quantization for a baseline in the report of `trim`; see `onnxqt.ptq`.
         strip_qdq: take the quantizers out of a model that is quantized.
     """
 
     schemes: tuple[Scheme, ...] = DEFAULT_SCHEMES
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = DEFAULT_LEARNING_RATE
-    seed: int = 0
-    loss: Literal["auto", "distill", "cross-entropy"] = "auto"
+    training: TrimSettings = field(default_factory=TrimSettings)
+    robust_to: tuple[Regime, ...] = ()
     ranges: RangeMethod = "mse"
+    equalize: Equalize = "auto"
+    ptq: tuple[Step, ...] = ()
     strip_qdq: bool = False
 
     def __post_init__(self) -> None:
-        limits = (("--steps", self.steps, 0), ("--batch-size", self.batch_size, 1), ("--seed", self.seed, 0))
-        for name, value, least in limits:
-            if value < least:
-                raise UsageError(f"{name} is {value}: give a number of at least {least}")
-        if not (0 < self.learning_rate < 1):
-            raise UsageError(f"--lr is {self.learning_rate:g}: give a number between 0 and 1, such as 1e-4")
         if not self.schemes:
             raise UsageError("no scheme is given: name one with --scheme, such as w4a8-sym-pc")
 
+    @property
+    def regimes(self) -> tuple[Regime, ...]:
+        """What the checkpoint is to become robust to, each once."""
+        own = [scheme_regime(scheme, self.ranges) for scheme in self.schemes]
+        return tuple({regime.name: regime for regime in (*own, *self.robust_to)}.values())
+
     def as_json(self) -> dict[str, Any]:
         """The settings as they stand in the report."""
-        return {**asdict(self), "schemes": [str(scheme) for scheme in self.schemes]}
+        return {
+            "schemes": [str(scheme) for scheme in self.schemes],
+            "robust_to": [regime.name for regime in self.robust_to],
+            "ranges": self.ranges,
+            "equalize": self.equalize,
+            "ptq": list(self.ptq),
+            "strip_qdq": self.strip_qdq,
+            "training": {**asdict(self.training), "learning_rate": self.training.peak_rate},
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +136,6 @@ class Source:
         """The samples that training sees; it holds out the others."""
         return self.samples.split(HELD_FRACTION, HELD_LIMIT)[0]
 
-    def loss(self, settings: Settings) -> LossName:
-        """What training minimises."""
-        if settings.loss == "auto":
-            return "cross-entropy" if self.samples.has_labels else "distill"
-        if settings.loss == "cross-entropy" and not self.samples.has_labels:
-            raise DataError(f"{self.samples.source} has no array 'labels' for --loss cross-entropy: use --loss distill")
-        return settings.loss
-
     def batches(self, samples: Samples) -> Iterator[Batch]:
         """Samples as the model takes them: a model with a fixed batch axis gets padded batches."""
         return samples.batches(self.fixed_batch or EVALUATION_BATCH, pad=self.fixed_batch is not None)
@@ -153,7 +157,7 @@ def prepare(model: Path, data: Data, evaluation: Data | None = None, settings: S
     for labelled in (samples, own_evaluation):
         if labelled is not None:
             _check_labels(ingested, labelled)
-    return Source(ingested, plan, samples, own_evaluation, fixed or settings.batch_size, fixed)
+    return Source(ingested, plan, samples, own_evaluation, fixed or settings.training.batch_size, fixed)
 
 
 def _check_labels(model: Model, samples: Samples) -> None:
@@ -161,22 +165,6 @@ def _check_labels(model: Model, samples: Samples) -> None:
     shape = model.graph.shape(model.graph.outputs[0])
     if samples.has_labels and shape is not None and len(shape) == 2 and shape[1] is not None:
         check_labels(samples, shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """Float weights with the activation ranges that go with them."""
-
-    model: Model
-    ranges: RangeTable
-
-    def quantizers(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> Quantizers:
-        """The parameters of every quantizer under a scheme."""
-        return make_quantizers(self.model, plan, self.ranges, scheme, method)
-
-    def quantized(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> onnx.ModelProto:
-        """The QDQ model under a scheme."""
-        return quantized_model(self.model, plan, self.quantizers(plan, scheme, method))
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,12 +226,16 @@ def trim(
         )
     work, ranges = calibrated(work)
     source, settings, folder = work.source, work.settings, work.folder
-    original = checkpoint = Candidate(source.model, ranges)
-    trimmed = _train(work, data, original.ranges)
+    original = Candidate(source.model, ranges)
+    start = checkpoint = starting_point(work, original)
+    trimmed = _train(work, data, start)
     if trimmed.best_step:
-        checkpoint = Candidate(trimmed.model, record_ranges(work, trimmed.model))
+        checkpoint = Candidate(trimmed.model, record_ranges(work, trimmed.model), "checkpoint")
     write_model(folder / CHECKPOINT, checkpoint.model.proto)
-    kept = {name: original for name, helped in trimmed.helped.items() if not helped}
+    if trimmed.steps:
+        draw_training(trimmed.history, list(trimmed.helped), folder / TRAINING_PICTURE)
+        draw_tails(trimmed.tails, folder / TAILS_PICTURE)
+    kept = {name: start for name, helped in trimmed.helped.items() if not helped}
     exported = export(work, checkpoint, kept)
     reference = Reference(source.model, lambda: source.batches(source.evaluation))
     findings = Findings(
@@ -254,6 +246,7 @@ def trim(
         original=evaluate(Session(source.model.proto).run, reference),
         checkpoint=evaluate(Session(checkpoint.model.proto).run, reference),
         trimmed=trimmed,
+        losses=settings.training.loss(source.samples.has_labels) if settings.training.steps else None,
         schemes={
             str(scheme): _judge(work, (original, checkpoint), scheme, exported[str(scheme)], reference)
             for scheme in settings.schemes
@@ -278,8 +271,11 @@ def open_workspace(
     settings, progress = settings or Settings(), progress or Silent()
     progress.stage("read the model and the samples")
     source = prepare(model, data, evaluation, settings)
-    if settings.steps and check_trainable(source.model, source.plan, source.loss(settings)).reason is None:
-        require(source.training, source.batch_size, "one training batch")
+    training = settings.training
+    if training.steps:
+        samples = source.samples
+        if check_trainable(source.model, source.plan, training, samples.targets).reason is None:
+            require(source.training, source.batch_size, "one training batch")
     folder = make_folder(Path(out) if out is not None else Path(f"{model.stem}-onnxqt"))
     return Workspace(source, settings, folder, progress)
 
@@ -309,7 +305,10 @@ def record_ranges(work: Workspace, model: Model) -> RangeTable:
 
 
 def export(
-    work: Workspace, checkpoint: Candidate, kept: Mapping[str, Candidate] | None = None
+    work: Workspace,
+    checkpoint: Candidate,
+    kept: Mapping[str, Candidate] | None = None,
+    ptq: tuple[Step, ...] = (),
 ) -> dict[str, ExportedScheme]:
     """Write the quantized file of each scheme and the neutral table; each file is checked before it is written.
 
@@ -317,6 +316,7 @@ def export(
         work: the plan, the settings, the samples to check with and the folder to write to.
         checkpoint: what the files are made of; the table describes it under every scheme.
         kept: for some schemes, what their files are made of instead.
+        ptq: steps of post-training quantization to take for each file; the table knows nothing of them.
 
     Returns:
         The quantized models with their checks, by scheme name.
@@ -331,7 +331,7 @@ def export(
     for index, scheme in enumerate(settings.schemes):
         name = str(scheme)
         candidate = (kept or {}).get(name, checkpoint)
-        quantized = candidate.quantized(source.plan, scheme, settings.ranges)
+        quantized = _quantized(work, candidate, scheme, ptq)
         checked = source.batches(source.samples.take(VERIFY_LIMIT))
         verdict = None
         if not source.model.is_large:
@@ -341,6 +341,15 @@ def export(
         work.progress.advance(index + 1)
     write_json(work.folder / TABLE, make_table(work, checkpoint))
     return exported
+
+
+def _quantized(work: Workspace, candidate: Candidate, scheme: Scheme, ptq: tuple[Step, ...]) -> onnx.ModelProto:
+    """The QDQ model of a candidate under a scheme, after these steps of post-training quantization."""
+    source, method = work.source, work.settings.ranges
+    if not ptq:
+        return candidate.quantized(source.plan, scheme, method)
+    chosen = PtqSettings(scheme, method, ptq)
+    return improve(candidate.model, source.plan, source.samples, chosen).quantized.proto()
 
 
 def make_table(work: Workspace, checkpoint: Candidate) -> dict[str, Any]:
@@ -355,23 +364,36 @@ def scheme_file(name: str) -> str:
     return f"{SCHEMES_FOLDER}/{name}.onnx"
 
 
-def _train(work: Workspace, data: Data, ranges: RangeTable) -> Trimmed:
+def starting_point(work: Workspace, original: Candidate) -> Candidate:
+    """What to train or to export: the original weights, or those after cross-layer equalization."""
     source, settings = work.source, work.settings
-    if not settings.steps:
-        return Trimmed(source.model, 0, 0, 0.0, 0.0, {})
-    training = TrimSettings(
-        schemes=settings.schemes,
-        steps=settings.steps,
-        batch_size=source.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        loss=source.loss(settings),
-        method=settings.ranges,
+    if settings.equalize == "never":
+        return original
+    equalized = equalize(source.model)
+    if not equalized.pairs:
+        return original
+    work.progress.stage("equalize")
+    candidate = Candidate(equalized.model, record_ranges(work, equalized.model), "equalized")
+    if settings.equalize == "always":
+        return candidate
+    samples = source.samples.take(EQUALIZE_LIMIT)
+    before, after = (
+        mean_error(found, source.plan, settings.schemes, settings.ranges, source.batches(samples))
+        for found in (original, candidate)
     )
+    return candidate if after < before else original
+
+
+def _train(work: Workspace, data: Data, start: Candidate) -> Trimmed:
+    source, settings = work.source, work.settings
+    if not settings.training.steps:
+        return Trimmed(start.model, 0, 0, 0.0, 0.0, {})
     folder = make_folder(work.folder / TRAINING_FOLDER)
-    work.progress.stage("trim", settings.steps)
+    work.progress.stage("trim", settings.training.steps)
     where = _on_disk(data, folder)
-    return fine_tune(source.model, source.plan, ranges, where, training, folder, _shown(work.progress))
+    subject = Subject(start.model, source.plan, start.ranges, settings.regimes, where, source.samples.targets)
+    training = replace(settings.training, batch_size=source.batch_size)
+    return fine_tune(subject, training, folder, _shown(work.progress))
 
 
 def _on_disk(data: Data, folder: Path) -> Path:
@@ -405,15 +427,20 @@ def _judge(
     plan, method = work.source.plan, work.settings.ranges
     work.progress.stage(f"evaluate {scheme}", work.source.evaluation.count)
     file = evaluate_file(exported.model, reference, work.progress.advance)
-    before = after = file.runtime
-    if exported.made_of is not original:
-        before = evaluate(Session(original.quantized(plan, scheme, method)).run, reference)
-    elif checkpoint is not original:
-        after = evaluate(Session(checkpoint.quantized(plan, scheme, method)).run, reference)
-    weights: Literal["checkpoint", "original"] = "original" if exported.made_of is original else "checkpoint"
+
+    baseline = None
+    if work.settings.ptq:
+        baseline = evaluate(Session(_quantized(work, original, scheme, work.settings.ptq)).run, reference)
+
+    def outcome(candidate: Candidate) -> Tallies:
+        if candidate is exported.made_of:
+            return file.runtime
+        return evaluate(Session(candidate.quantized(plan, scheme, method)).run, reference)
+
+    before, after = outcome(original), outcome(checkpoint)
     if exported.verdict is None:
         raise AssertionError("a model that is trimmed is small enough to be checked")
-    return SchemeResult(before, after, weights, file, exported.verdict)
+    return SchemeResult(before, after, exported.made_of.origin, file, exported.verdict, baseline)
 
 
 def _data_facts(source: Source, held_out: bool) -> dict[str, Any]:

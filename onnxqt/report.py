@@ -2,8 +2,10 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from onnxqt.evaluate import FileResult, Tallies
 from onnxqt.metrics import Tally
@@ -11,9 +13,15 @@ from onnxqt.model import Model
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import TRAINER, installed
 from onnxqt.trim import Trimmed
+from onnxqt.trim.losses import Losses
 from onnxqt.verify import Verdict
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+CURVE_POINTS = 200  # steps of a run whose figures the report has
+
+# Of a step: the field of the training process's reports, and the report's name for it.
+_CURVES = (("step", "step"), ("loss", "loss"), ("blend", "lambda"), ("lr", "lr"), ("tau", "tau"))
+_SETTINGS = ("optimizer", "learning_rate", "schedule")
 
 Json = dict[str, Any]
 
@@ -25,21 +33,37 @@ class SchemeResult:
     Attributes:
         ptq: the original model quantized to it, run by ONNX Runtime.
         checkpoint: the trained checkpoint quantized to it, run by ONNX Runtime.
-        weights: of which of the two the written file is made.
+        weights: what the written file is made of: the checkpoint, the original or the equalized original.
         file: the written file, run by ONNX Runtime and the emulator.
         verdict: the check of that file.
+        baseline: the original model after the steps of post-training quantization that were asked for; None for none.
     """
 
     ptq: Tallies
     checkpoint: Tallies
-    weights: Literal["checkpoint", "original"]
+    weights: Literal["original", "equalized", "checkpoint"]
     file: FileResult
     verdict: Verdict
+    baseline: Tallies | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Everything that goes into a report."""
+    """Everything that goes into a report.
+
+    Attributes:
+        model: the original.
+        plan: where its quantizers are.
+        settings: of the run, as JSON.
+        data: the samples, as JSON.
+        original: the original float model, run.
+        checkpoint: the trained float model, run.
+        trimmed: the outcome of training.
+        schemes: what was found out about each.
+        files: SHA-256 of each file, by its path in the run directory.
+        seconds: time that the run took.
+        losses: what training minimised; None if it was not to train.
+    """
 
     model: Model
     plan: QuantPlan
@@ -51,6 +75,7 @@ class Findings:
     schemes: Mapping[str, SchemeResult]
     files: Mapping[str, str]
     seconds: float
+    losses: Losses | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +88,19 @@ class Report:
         """Rows for people, the header first: one scheme each, before and after.
 
         Shares are percent: top-1 where there are labels, else agreement with the original model. `trim` is the
-        written file; `emulator` the same file in integer arithmetic; `LSB` how far the two are apart at most.
+        written file; `emulator` the same file in integer arithmetic; `LSB` how far the two are apart at most;
+        `better PTQ` the original after the steps of post-training quantization that were asked for, if any.
         """
-        rows = [("scheme", "PTQ", "trim", "emulator", "PTQ dB", "trim dB", "LSB", "made of")]
+        baseline = any(scheme["baseline"] for scheme in self.content["schemes"].values())
+        better = ("better PTQ",) if baseline else ()
+        rows = [("scheme", "PTQ", *better, "trim", "emulator", "PTQ dB", "trim dB", "LSB", "made of")]
         for name, scheme in self.content["schemes"].items():
             emulator = scheme["emulator"]
             rows.append(
                 (
                     name,
                     _share(scheme["ptq"]["metrics"]),
+                    *((_share(scheme["baseline"]["metrics"]),) if baseline else ()),
                     _share(scheme["trim"]["metrics"]),
                     _share(emulator["metrics"]),
                     _decibel(scheme["ptq"]["fidelity"]),
@@ -85,7 +114,7 @@ class Report:
 
 def build_report(findings: Findings) -> Report:
     """Put the findings of a run into their JSON form."""
-    plan, trimmed = findings.plan, findings.trimmed
+    plan = findings.plan
     return Report(
         {
             "schema_version": SCHEMA_VERSION,
@@ -108,21 +137,59 @@ def build_report(findings: Findings) -> Report:
             },
             "float": _outcome(findings.original),
             "checkpoint": _outcome(findings.checkpoint),
-            "training": {
-                "steps": trimmed.steps,
-                "best_step": trimmed.best_step,
-                "seconds": trimmed.seconds,
-                "step_ms_median": trimmed.step_ms_median,
-                "reason": trimmed.reason,
-                "diverged": trimmed.diverged,
-                "untouched": dict(trimmed.untouched),
-                "evaluations": [report for report in trimmed.history if report["event"] == "evaluate"],
-            },
+            "training": _training(findings),
             "schemes": {name: _scheme(result) for name, result in findings.schemes.items()},
             "files": dict(findings.files),
             "seconds": findings.seconds,
         }
     )
+
+
+def _training(findings: Findings) -> Json:
+    """How training went: its settings, its course, and what it did to the weights."""
+    trimmed, settings = findings.trimmed, findings.settings["training"]
+    regimes = list(trimmed.helped)
+    return {
+        **{name: settings[name] for name in _SETTINGS},
+        "losses": None if findings.losses is None else asdict(findings.losses),
+        "regimes": regimes,
+        "steps": trimmed.steps,
+        "best_step": trimmed.best_step,
+        "seconds": trimmed.seconds,
+        "step_ms_median": trimmed.step_ms_median,
+        "reason": trimmed.reason,
+        "diverged": trimmed.diverged,
+        "stopped": trimmed.stopped,
+        "untouched": dict(trimmed.untouched),
+        "curves": _curves(trimmed.history),
+        "evaluations": _evaluations(trimmed.history, regimes),
+        "tails": {
+            name: {"before": asdict(before), "after": asdict(after)} for name, (before, after) in trimmed.tails.items()
+        },
+    }
+
+
+def _curves(history: Sequence[Json]) -> dict[str, list[Any]]:
+    """Figures of evenly spaced steps, the first and the last among them, in columns."""
+    steps = [report for report in history if report["event"] == "step"]
+    picked = np.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS)).round().astype(int)
+    known = [(field, name) for field, name in _CURVES if all(field in step for step in steps)]
+    return {name: [steps[i][field] for i in picked] for field, name in known}
+
+
+def _evaluations(history: Sequence[Json], regimes: Sequence[str]) -> list[Json]:
+    """The held-out losses by regime; step 0 is the untouched model."""
+    return [
+        {
+            "step": report.get("step", 0),
+            "losses": {
+                name: loss if np.isfinite(loss) else None for name, loss in zip(regimes, report["losses"], strict=True)
+            },
+            "best": report.get("best", False),
+        }
+        for report in history
+        if report["event"] in ("start", "evaluate")
+    ]
 
 
 def environment() -> Json:
@@ -142,6 +209,7 @@ def _scheme(result: SchemeResult) -> Json:
         "checkpoint": _outcome(result.checkpoint),
         "trim": _outcome(file.runtime),
         "weights": result.weights,
+        "baseline": None if result.baseline is None else _outcome(result.baseline),
         "emulator": {
             **_outcome(file.emulator),
             "max_lsb": file.max_lsb,

@@ -21,7 +21,8 @@ ORDER = (
     {"plan"},
     {"calibrate"},
     {"trim"},
-    {"export"},
+    {"export", "pictures"},
+    {"candidates", "ptq"},
     {"compiler"},
     {"emulate"},
     {"verify"},
@@ -37,7 +38,7 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 INSIDE = {
     "cli": (
         {"output", "options", "progress"},
-        {"edge_page", "matrix_page", "program_page"},
+        {"edge_page", "matrix_page", "program_page", "training"},
         {"backends", "edge", "program", "quantize", "survey"},
         {"__init__"},
     ),
@@ -50,7 +51,9 @@ NOWHERE = frozenset[str]()
 FOREIGN = {
     "click": {f"cli/{name}.py" for names in INSIDE["cli"] for name in names} - {"cli/progress.py"},
     "rich": {"cli/output.py", "cli/progress.py", "cli/edge_page.py", "cli/survey.py"},
-    "onnxruntime": {"runtime.py", "trim/worker.py"},
+    "onnxruntime": {"runtime.py", "trim/trainer.py", "trim/worker.py"},
+    "matplotlib": {"pictures.py"},
+    "tensorboardX": {"trim/history.py"},
     "torch": NOWHERE,
     **dict.fromkeys(("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), NOWHERE),
 }
@@ -143,6 +146,16 @@ def test_only_the_command_line_prints_and_exits_and_nothing_unpickles(path: Path
             assert relative(path) in CALLS.get(called(node), {relative(path)}), f"line {node.lineno}"
         pickles = [keyword.value for keyword in node.keywords if keyword.arg == "allow_pickle"]
         assert all(isinstance(value, ast.Constant) and value.value is False for value in pickles)
+
+
+def test_onnxruntime_training_stays_in_the_training_process() -> None:
+    """Its kernels can kill the process they run in, so nothing that a user's process imports may import it."""
+    private = ("onnxruntime.training", "onnxruntime.capi")
+    importers = {relative(path) for path in FILES if any(name.startswith(private) for name in modules(path))}
+    assert importers == {"trim/trainer.py"}
+    importers = {relative(path) for path in FILES if any("onnxqt.trim.trainer" in name for name in modules(path))}
+    assert importers == {"trim/worker.py"}
+    assert not any("onnxqt.trim.worker" in name for path in FILES for name in modules(path))
 
 
 def test_every_part_that_is_placed_exists() -> None:

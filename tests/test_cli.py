@@ -64,12 +64,16 @@ def test_trim_prints_only_json(short_run: Run) -> None:
     assert short_run.result.stderr == ""
 
 
+PICTURES = ("training.svg", "tails.svg")
+
+
 def test_trim_writes_its_files_and_nothing_temporary(short_run: Run) -> None:
-    outside_training = {name for name in files(short_run.folder) if not name.startswith("training")}
+    outside_training = {name for name in files(short_run.folder) if not name.startswith("training/")}
     schemes = {f"schemes/{name}.onnx" for name in RUN_SCHEMES}
-    assert outside_training == {"checkpoint.onnx", "table.json", "report.json"} | schemes
+    assert outside_training == {"checkpoint.onnx", "table.json", "report.json", *PICTURES} | schemes
     kept = {path.name for path in (short_run.folder / "training").iterdir()}
-    assert kept - {"best.onnx"} == {"job.json", "last.onnx", "worker.log"}
+    assert kept - {"best.onnx", "clips.npz"} == {"history.jsonl", "job.json", "last.onnx", "worker.log"}
+    assert ("best.onnx" in kept) == ("clips.npz" in kept)
     assert not [name for name in files(short_run.folder) if "tmp" in name]
 
 

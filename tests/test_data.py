@@ -40,6 +40,37 @@ def test_batch_larger_than_the_set(tmp_path: Path) -> None:
     assert numbers(batch) == [0, 1, 2, 3]
 
 
+def test_labels_of_every_kind(tmp_path: Path) -> None:
+    """Labels of a named output, real values, and sizes that differ between files; `labels` alone is class numbers."""
+    boxes, masks = numbered(0, 5), np.arange(20).reshape(5, 2, 2) % 2 == 0
+    write_npz(
+        tmp_path / "a.npz", x=numbered(0, 3), labels=np.arange(3), **{"labels:b": boxes[:3], "labels:m": masks[:3]}
+    )
+    second = {"labels:b": boxes[3:].astype(np.float16), "labels:m": np.ones((2, 2, 7), bool)}
+    write_npz(tmp_path / "b.npz", x=numbered(3, 2), labels=np.arange(3, 5), **second)
+    samples = open_samples(tmp_path, [X])
+    assert samples.has_labels
+    assert {target.name: (target.dtype, target.shape) for target in samples.targets} == {
+        "labels": (I64, (None,)),
+        "labels:b": (F32, (None, 3, 2)),
+        "labels:m": (I64, (None, 2, None)),
+    }
+    batch = next(samples.batches(3))
+    assert batch.labels is batch.targets["labels"]
+    assert list(batch.inputs) == ["x"]
+    np.testing.assert_array_equal(batch.targets["labels:b"], boxes[:3].astype(np.float32), strict=True)
+    np.testing.assert_array_equal(batch.targets["labels:m"], masks[:3].astype(np.int64), strict=True)
+
+
+@pytest.mark.parametrize("labels", [np.ones(3, np.float32), np.ones((3, 1), np.int64)], ids=["real", "two axes"])
+def test_labels_that_are_no_class_numbers(labels: Array) -> None:
+    samples = open_samples({"x": numbered(0, 3), "labels": labels}, [X])
+    (batch,) = samples.batches(3)
+    assert not samples.has_labels
+    assert batch.labels is None
+    np.testing.assert_array_equal(batch.targets["labels"], labels, strict=True)
+
+
 def test_npy_directory_without_labels(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", numbered(0, 2))
     np.save(tmp_path / "1.npy", numbered(2, 3))

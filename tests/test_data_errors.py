@@ -23,7 +23,7 @@ from sample_files import (
     write_npz,
 )
 
-from onnxqt.data import InputSpec, Samples, check_labels, open_samples, require
+from onnxqt.data import InputSpec, Samples, check_labels, check_targets, open_samples, require
 from onnxqt.errors import DataError
 from onnxqt.numerics import Array
 
@@ -112,12 +112,12 @@ ONES = np.ones((2, 3, 2), np.float32)
             "'x' is complex64, but the model wants float32; save it as float32",
         ),
         (
-            {"x": ONES, "labels": np.ones(2)},
-            r"'labels' is float64 of shape \(2,\), but labels are one class number",
+            {"x": ONES, "labels": np.array(["cat", "dog"])},
+            r"'labels' is <U3 of shape \(2,\), but labels are numbers, .* save class numbers as a 1-D integer array",
         ),
         (
-            {"x": ONES, "labels": np.eye(2, dtype=int)},
-            r"'labels' is int64 of shape \(2, 2\), .* argmax of one-hot",
+            {"x": ONES, "labels:y": np.array(1)},
+            r"'labels:y' is int64 of shape \(\), but labels are numbers, with one row per sample",
         ),
         (
             {"x": ONES, "labels": np.arange(3)},
@@ -161,6 +161,29 @@ def test_labels_in_some_files_only(tmp_path: Path) -> None:
     write_npz(tmp_path / "b.npz", x=ONES)
     with pytest.raises(DataError, match=r"b\.npz has no array 'labels', but .*a\.npz has one; add it to every"):
         open_samples(tmp_path, [X])
+
+
+def test_labels_of_an_output_in_some_files_only(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=ONES, labels=np.arange(2), **{"labels:y": np.ones(2)})
+    write_npz(tmp_path / "b.npz", x=ONES, labels=np.arange(2))
+    with pytest.raises(DataError, match=r"b\.npz has no array 'labels:y', but .*a\.npz has one; add it to every"):
+        open_samples(tmp_path, [X])
+
+
+@pytest.mark.parametrize("other", [np.ones((2, 3), np.float32), np.ones((2, 3, 1), np.int64)], ids=["type", "rank"])
+def test_labels_that_differ_between_files(tmp_path: Path, other: Array) -> None:
+    write_npz(tmp_path / "a.npz", x=ONES, labels=np.ones((2, 3), np.int64))
+    write_npz(tmp_path / "b.npz", x=ONES, labels=other)
+    with pytest.raises(DataError, match=r"b\.npz: array 'labels' is .* but in .*a\.npz int64 .* same kind of labels"):
+        open_samples(tmp_path, [X])
+
+
+def test_labels_outside_their_limits(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", x=ONES, **{"labels:y": np.array([[0.0, 1.0], [0.5, 1.5]])})
+    samples = open_samples(tmp_path, [X])
+    check_targets(samples, "labels:y", (0, 1.5), "but no")
+    with pytest.raises(DataError, match=r"a\.npz: the label of sample 1 of the file is 1\.5, but no$"):
+        check_targets(samples, "labels:y", (0, 1), "but no")
 
 
 def test_python_objects_are_not_unpickled(tmp_path: Path) -> None:
@@ -389,7 +412,7 @@ def test_labels_are_class_numbers(tmp_path: Path, value: int) -> None:
 
 
 def test_checking_labels_that_are_not_there() -> None:
-    with pytest.raises(DataError, match="has no labels; add an integer array 'labels' to every file"):
+    with pytest.raises(DataError, match="has no labels; add an array 'labels' to every file"):
         check_labels(open_samples({"x": ONES}, [X]), 10)
 
 

@@ -14,12 +14,13 @@ from onnxqt.pipeline import Settings, scheme_file, trim
 from onnxqt.report import Report
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme
+from onnxqt.trim import TrimSettings
 
 SCHEME = "w8a8-sym-pc"
 
 
 def run(model: onnx.ModelProto, data: Mapping[str, Array], folder: Path, steps: int = 5) -> Report:
-    settings = Settings(schemes=(parse_scheme(SCHEME),), steps=steps, batch_size=4)
+    settings = Settings(schemes=(parse_scheme(SCHEME),), training=TrimSettings(steps=steps, batch_size=4))
     return trim(save(model, folder), data, out=folder / "out", settings=settings)
 
 

@@ -41,7 +41,7 @@ SCHEME_KEYS = [
 ]
 REQUIRED = [
     *("schema_version", "model.sha256", "settings", "environment", "float.metrics", "files"),
-    *(f"training.{key}" for key in ("steps", "seconds", "step_ms_median", "best_step")),
+    *(f"training.{key}" for key in ("steps", "seconds", "step_ms_median", "best_step", "stopped", "curves", "tails")),
     *(f"schemes.{name}.{key}" for name in RUN_SCHEMES for key in SCHEME_KEYS),
 ]
 
@@ -94,23 +94,22 @@ def test_hashes_are_those_of_the_files(short_run: Run) -> None:
     assert listed == {name: file_sha256(short_run.folder / name) for name in listed}
     schemes = {f"schemes/{name}.onnx" for name in RUN_SCHEMES}
     assert listed.keys() == {"checkpoint.onnx", "table.json"} | schemes
-    assert {name for name in files(short_run.folder) if not name.startswith("training")} == {*listed, "report.json"}
+    written = {name for name in files(short_run.folder) if not name.startswith("training/")}
+    assert written == {*listed, "report.json", "training.svg", "tails.svg"}
     assert short_run.report["model"]["sha256"] == file_sha256(short_run.digits.file)
 
 
 def test_settings_training_and_environment(short_run: Run) -> None:
     report = short_run.report
-    asked_for = {
-        "schemes": list(RUN_SCHEMES),
-        "steps": RUN_STEPS,
-        "batch_size": 64,
-        "learning_rate": 1e-4,
-        "seed": 0,
-        "loss": "auto",
-        "ranges": "mse",
-    }
-    assert report["settings"] == {**report["settings"], **asked_for}
-    training = report["training"]
+    settings, training = report["settings"], report["training"]
+    assert settings == {**settings, "schemes": list(RUN_SCHEMES), "robust_to": [], "ranges": "mse"}
+    asked_for = {"steps": RUN_STEPS, "batch_size": 64, "learning_rate": 2e-3, "seed": 0, "prune": "tensor"}
+    assert settings["training"] == {**settings["training"], **asked_for}
+    assert (training["optimizer"], training["learning_rate"]) == ("adamw", 2e-3)
+    assert training["losses"]["weights"] == {"distill": 1.0}  # the fixture's calibration samples have no labels
+    assert training["regimes"] == [*RUN_SCHEMES, "float"]
+    assert training["curves"]["step"] == list(range(RUN_STEPS))
+    assert len(training["tails"]) == report["plan"]["quantized_weights"]
     assert training["steps"] == RUN_STEPS
     best = [evaluation["step"] for evaluation in training["evaluations"] if evaluation["best"]]
     assert training["best_step"] == (best[-1] if best else 0)
@@ -222,12 +221,14 @@ def figures(share: float, snr_db: float | None, **metrics: float) -> dict[str, A
 def test_summary_rows() -> None:
     one = {
         "ptq": figures(0.5, 12.345),
+        "baseline": None,
         "trim": figures(0.75, None),
         "emulator": {**figures(0.7512, 20.0), "max_lsb": 1},
         "weights": "checkpoint",
     }
     other = {
         "ptq": {"metrics": {}, "fidelity": {"mse": 1.0, "snr_db": -3.0}},
+        "baseline": None,
         "trim": figures(0, 0.04, agreement=1.0),
         "emulator": {**figures(0, 1.0, agreement=0.25), "max_lsb": None},
         "weights": "original",
@@ -242,4 +243,14 @@ def test_summary_rows() -> None:
             **{"scheme": "w2a4-asym-pt", "PTQ": "-", "trim": "100.00", "emulator": "25.00"},
             **{"PTQ dB": "-3.0", "trim dB": "0.0", "LSB": "-", "made of": "original"},
         },
+    ]
+    both = {
+        "w8a8-sym-pc": {**one, "baseline": figures(0.625, 1.0)},
+        "w2a4-asym-pt": {**other, "baseline": figures(0, 1.0)},
+    }
+    header, *rows = Report({"schemes": both}).summary()
+    assert header[:4] == ("scheme", "PTQ", "better PTQ", "trim")
+    assert [row[:4] for row in rows] == [
+        ("w8a8-sym-pc", "50.00", "62.50", "75.00"),
+        ("w2a4-asym-pt", "-", "0.00", "100.00"),
     ]

@@ -39,7 +39,7 @@ SMALL_CONSTANTS = {"w": normal(6, 4), "b": normal(6), "s": normal(6)}
 def surveyed(model: ModelProto | Model) -> Survey:
     model = model if isinstance(model, Model) else ingested(model)
     plan = make_plan(model)
-    return survey(model, plan, reach(model, plan, "distill"))
+    return survey(model, plan, reach(model, plan))
 
 
 def layer_of(found: Survey, op_type: str) -> Layer:

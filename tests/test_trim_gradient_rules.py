@@ -4,23 +4,27 @@ The derivative of sum(r y) by each element of an input: central differences D(h)
 (4 D(h/2) - D(h)) / 3, which leaves an error of h^4/480 times the fifth derivative.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from gradient_cases import CASES, Case, H, ints, random, scalar, signed
+from gradient_cases_fast import CASES_FAST, LEFT, TAKEN
 from gradient_cases_spatial import CASES_SPATIAL
 from onnx import helper
 
 from onnxqt.numerics import Array
 from onnxqt.runtime import MAX_IR_VERSION, Session
 from onnxqt.trim.gradients import indexing, matrices, windows
-from onnxqt.trim.gradients.rule import Call, NoGradientError, Operand, Vjp
+from onnxqt.trim.gradients.faster import FASTER
+from onnxqt.trim.gradients.rule import Call, NoGradientError, Operand, Rule, Vjp
 from onnxqt.trim.gradients.text import parse
 
 RULES = {**indexing.RULES, **matrices.RULES, **windows.RULES}
 RULE_CASES = {name: case for name, case in {**CASES, **CASES_SPATIAL}.items() if case.op in RULES}
+FAST_CASES = {**TAKEN, **{name: CASES[name] for name in ("Relu", "Clip", "Clip-above", "Conv-plain", "Conv-no-bias")}}
 
 # Inference is off by about four float32 roundings of the largest value (sums have at most 20 terms, and sqrt(20)
 # is about 4); the differences divide that by h/2 with weight 4/3 and by h with weight 1/3, from two values each.
@@ -47,7 +51,11 @@ def session_of(nodes: list[onnx.NodeProto], feeds: dict[str, Array], outputs: li
     ]
     results = [helper.make_empty_tensor_value_info(name) for name in outputs]
     graph = helper.make_graph(nodes, "graph", inputs, results)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=MAX_IR_VERSION)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=MAX_IR_VERSION,
+    )
     return Session(model, optimize=False)
 
 
@@ -129,8 +137,16 @@ class Evaluated:
 
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_rule_equals_differences(name: str) -> None:
-    evaluated = Evaluated(name, RULE_CASES[name])
-    results = evaluated.gradients(RULES[evaluated.case.op](evaluated.call()))
+    check_rule(Evaluated(name, RULE_CASES[name]), RULES)
+
+
+@pytest.mark.parametrize("name", FAST_CASES)
+def test_faster_rule_equals_differences(name: str) -> None:
+    check_rule(Evaluated(name, FAST_CASES[name]), FASTER)
+
+
+def check_rule(evaluated: Evaluated, rules: Mapping[str, Rule]) -> None:
+    results = evaluated.gradients(rules[evaluated.case.op](evaluated.call()))
     assert {f"d{i}" for i in evaluated.trained} == results.keys()
     for index in evaluated.trained:
         derivative, tolerance = evaluated.differences(index)
@@ -203,3 +219,38 @@ def test_unknown_rank_is_refused() -> None:
     call = Call("Einsum", 17, {"equation": "...i->..."}, (Operand(None, trained=True),), (Operand(None),))
     with pytest.raises(NoGradientError, match="unknown rank"):
         RULES["Einsum"](call)
+
+
+# --- rules that replace slow gradients ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_faster_rule_leaves_to_the_trainer(name: str) -> None:
+    case, reason = LEFT[name]
+    with pytest.raises(NoGradientError, match=reason):
+        FASTER[case.op](Evaluated(name, case).call())
+
+
+@pytest.mark.parametrize("unknown", ["inputs", "outputs"])
+def test_faster_rule_of_a_convolution_needs_sizes(unknown: str) -> None:
+    call = Evaluated("Conv-plain", CASES["Conv-plain"]).call()
+    blind = Operand((None, 4, None, None), trained=True)
+    inputs = (blind, *call.inputs[1:]) if unknown == "inputs" else call.inputs
+    outputs = (blind,) if unknown == "outputs" else call.outputs
+    with pytest.raises(NoGradientError, match="sizes that are not known"):
+        FASTER["Conv"](replace(call, inputs=inputs, outputs=outputs))
+
+
+def test_every_faster_rule_is_compared() -> None:
+    assert {case.op for case in FAST_CASES.values()} == set(FASTER)
+    assert {case.op for case in CASES_FAST.values()} == set(FASTER)
+
+
+def test_step_function_of_relu_is_exact_from_the_smallest_normal_number_on() -> None:
+    """And zero at zero, where the trainer's own gradient is zero too."""
+    x = np.array([-np.inf, -1, -1e-38, -0.0, 0.0, 2.0**-126, 1.0, 3e38, np.inf], np.float32)
+    g = np.linspace(-2, 3, x.size, dtype=np.float32)
+    feeds: dict[str, Array] = {"y0": np.maximum(x, 0), "g0": g}
+    body = FASTER["Relu"](Call("Relu", 17, {}, (Operand(x.shape, trained=True),), (Operand(x.shape),))).body
+    found = session_of(parse(body, 17), feeds, ["d0"], 17).run(feeds)["d0"]
+    np.testing.assert_array_equal(found, np.where(x > 0, g, 0))

@@ -5,8 +5,10 @@ comes from ONNX Runtime's float32 inference: central differences D(h) of y, extr
 (4 D(h/2) - D(h)) / 3, which leaves an error of h^4/480 times the fifth derivative.
 """
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import onnx
 import pytest
 from gradient_cases import CASES as OTHER_CASES
 from gradient_cases import Case, H, ints, random, signed, value_info
+from gradient_cases_fast import CASES_FAST, LEFT, TAKEN
 from gradient_cases_spatial import CASES_SPATIAL
 from onnx import TensorProto, helper, numpy_helper
 
@@ -28,10 +31,12 @@ from onnxqt.numerics import Array
 from onnxqt.plan import make_plan
 from onnxqt.runtime import MAX_IR_VERSION, MAX_OPSET, Session
 from onnxqt.schemes import parse_scheme
-from onnxqt.trim import Reach, Trimmed, TrimSettings, reach, trim
+from onnxqt.trim import Reach, Subject, Trimmed, TrimSettings, reach, scheme_regime, trim
 from onnxqt.trim import job as jobs
-from onnxqt.trim.gradients.built_in import BUILT_IN
-from onnxqt.trim.gradients.flow import RULES
+from onnxqt.trim.gradients.built_in import BUILT_IN, BuiltIn
+from onnxqt.trim.gradients.faster import FASTER
+from onnxqt.trim.gradients.flow import RULES, find_flow
+from onnxqt.trim.gradients.rule import NoGradientError
 
 # Inference is off by about four float32 roundings of the largest value (sums have at most 20 terms, and sqrt(20)
 # is about 4); the differences divide that by h/2 with weight 4/3 and by h with weight 1/3, from two values each.
@@ -39,7 +44,7 @@ ROUNDING = 4 * 2.0**-24 * 3 / H
 # Largest fifth derivative: that of a / x, 120 a / x^6, at a = 2 and x = 1. log has 24, exp 4.5, the others less.
 TRUNCATION = 240 * H**4 / 480
 
-CASES = {**OTHER_CASES, **CASES_SPATIAL}
+CASES = {**OTHER_CASES, **CASES_SPATIAL, **CASES_FAST}
 # The first case of each operator once more as it is in the newest opset, if it can be written the same way there.
 CASES |= {
     f"{op}-opset-{MAX_OPSET}": replace(next(case for case in CASES.values() if case.op == op), opset=MAX_OPSET)
@@ -148,6 +153,37 @@ def test_training_graph_computes_the_same_loss(name: str, trained: Trained) -> N
     assert result["evaluated"] == pytest.approx(expected, rel=0, abs=tolerance)
 
 
+def way_of(name: str) -> str:
+    """Whose gradient a case takes, as the flow through its forward graph decides."""
+    case = CASES[name]
+    shapes = [y.shape for y in outputs_of(case, Session(case.forward(), optimize=False), {})]
+    proto = case.training(shapes)
+    if case.ingested:
+        return way_through(ingested_proto(proto), case)
+    return way_through(proto, case)
+
+
+def ingested_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(proto, Path(folder) / FORWARD)
+        return ingest(Path(folder) / FORWARD).proto
+
+
+def way_through(proto: onnx.ModelProto, case: Case) -> str:
+    passage = find_flow(Model(proto, ""), case.parameters, ["loss"]).passages["case"]
+    if isinstance(passage.gradient, BuiltIn):
+        return "built in"
+    with contextlib.suppress(KeyError, NoGradientError):
+        if FASTER[case.op](passage.call) == passage.gradient:
+            return "faster"
+    return "rule"
+
+
+@pytest.fixture(scope="module")
+def ways() -> dict[str, str]:
+    return {name: way_of(name) for name in CASES if CASES[name].op in {*BUILT_IN, *FASTER}}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_case_uses_the_rule_of_its_operator(name: str, trained: Trained) -> None:
     op = CASES[name].op
@@ -155,10 +191,22 @@ def test_case_uses_the_rule_of_its_operator(name: str, trained: Trained) -> None
         assert trained.of(name)["rules"] == 1
 
 
-def test_rules_that_help_out_are_used(trained: Trained) -> None:
-    """Where the trainer's own gradient is right in some cases, both ways are compared."""
-    both = {op: {int(trained.of(name)["rules"]) for name in CASES if CASES[name].op == op} for op in BUILT_IN}
-    assert {op for op, used in both.items() if used == {0, 1}} == set(BUILT_IN) & set(RULES)
+def test_training_uses_what_the_flow_decided(ways: dict[str, str], trained: Trained) -> None:
+    for name, way in ways.items():
+        assert trained.of(name)["rules"] == (way != "built in"), name
+
+
+def test_rules_that_help_out_are_used(ways: dict[str, str]) -> None:
+    """Where the trainer's own gradient is right in some cases, or slow in some, all ways are compared."""
+    used = {op: {way for name, way in ways.items() if CASES[name].op == op} for op in {*BUILT_IN, *FASTER}}
+    helped_out = {op for op in BUILT_IN if {"built in", "rule"} <= used[op]}
+    assert helped_out == set(BUILT_IN) & set(RULES)
+    assert {op for op in used if "faster" in used[op]} == set(FASTER)
+
+
+@pytest.mark.parametrize("name", CASES_FAST)
+def test_faster_rules_are_used_where_they_can_be(name: str, ways: dict[str, str]) -> None:
+    assert (name in TAKEN, name in LEFT) == (ways[name] == "faster", ways[name] != "faster")
 
 
 # Where values are equal there is no derivative: (gradient of p0, gradient of p1) for the gradient 1 of each output.
@@ -307,8 +355,9 @@ def train(model: Model, folder: Path) -> Trimmed:
     np.savez(folder / "data.npz", **samples)  # type: ignore[arg-type]  # numpy's stub takes names for options
     plan = make_plan(model)
     ranges = calibrate(model, plan, open_samples(samples, input_specs(model)), 20)
-    settings = TrimSettings((parse_scheme("w4a8-sym-pt"),), steps=2, batch_size=2, learning_rate=1e-3)
-    return trim(model, plan, ranges, folder / "data.npz", settings, folder)
+    regimes = (scheme_regime(parse_scheme("w4a8-sym-pt"), "mse"),)
+    subject = Subject(model, plan, ranges, regimes, folder / "data.npz")
+    return trim(subject, TrimSettings(steps=2, batch_size=2, learning_rate=1e-3, average=0), folder)
 
 
 def values(proto: onnx.ModelProto) -> dict[str, Array]:
@@ -383,7 +432,7 @@ def test_behind_a_stop_training_goes_on_and_before_it_weights_stay(name: str, in
     nodes, reason = STOPS[name]
     (operator,) = [node.op_type for node in nodes if node.name == "case"]
     model = ingested(conv("x", "a"), *nodes, conv("b", "y", "v"), **OPERANDS)
-    reached = reach(model, make_plan(model), "distill")
+    reached = reach(model, make_plan(model))
     assert reached.trained == ("v",)
     assert reached.untouched == {"w": f"no gradient passes {operator} 'case', because it {reason}"}
     assert reached.reason is None
@@ -397,7 +446,7 @@ def test_behind_a_stop_training_goes_on_and_before_it_weights_stay(name: str, in
 
 def test_a_stop_beside_another_way_stops_nothing(ingested: Build, tmp_path: Path) -> None:
     model = ingested(conv("x", "a"), node("Round", "a"), helper.make_node("Mul", ["a", "b"], ["y"], name="last"))
-    assert reach(model, make_plan(model), "distill") == Reach(("w",), {})
+    assert reach(model, make_plan(model)) == Reach(("w",), {})
     train(model, tmp_path)
     assert np.any(values(model.proto)["w"] != values(onnx.load(tmp_path / jobs.LAST))["w"])
 
@@ -412,7 +461,7 @@ def test_nothing_to_train_ends_without_a_step(ingested: Build, tmp_path: Path) -
     trimmed = train(model, tmp_path)
     why = "no gradient passes Round 'case', because it has a derivative of zero everywhere"
     assert (trimmed.model, trimmed.steps, trimmed.best_step) == (model, 0, 0)
-    assert trimmed.helped == {"w4a8-sym-pt": False}
+    assert trimmed.helped == {"w4a8-sym-pt": False, "float": False}
     assert trimmed.untouched == {"w": why}
     assert trimmed.reason == f"no gradient reaches a weight: {why}"
 
@@ -424,7 +473,7 @@ def node_y(source: str) -> onnx.NodeProto:
 def test_average_pool_over_unknown_sizes_is_a_stop(ingested: Build) -> None:
     pool = helper.make_node("AveragePool", ["a"], ["y"], name="pool", kernel_shape=[2, 2])
     model = ingested(conv("x", "a"), pool, shape=("n", 2, "height", "width"))
-    reached = reach(model, make_plan(model), "distill")
+    reached = reach(model, make_plan(model))
     assert "AveragePool 'pool'" in reached.untouched["w"]
 
 

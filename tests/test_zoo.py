@@ -14,7 +14,7 @@ from onnxqt.pipeline import CHECKPOINT, Settings, scheme_file, trim
 from onnxqt.plan import make_plan
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme
-from onnxqt.trim import reach
+from onnxqt.trim import TrimSettings, reach
 
 ZOO = sorted((Path(__file__).resolve().parent.parent / "fixtures" / "zoo").glob("*.onnx"))
 SAMPLES, STEPS, SCHEME = 20, 3, "w8a8-sym-pc"
@@ -66,7 +66,7 @@ def test_the_whole_job(path: Path, tmp_path: Path) -> None:
     plan = make_plan(model)
     assert plan.integer_nodes
     inputs = samples(model)
-    settings = Settings(schemes=(parse_scheme(SCHEME),), steps=STEPS, batch_size=4)
+    settings = Settings(schemes=(parse_scheme(SCHEME),), training=TrimSettings(steps=STEPS, batch_size=4))
     report = trim(path, inputs, out=tmp_path / "out", settings=settings)
     training = report.content["training"]
     assert (training["steps"], training["reason"], training["diverged"]) == (STEPS, None, None)
@@ -79,7 +79,7 @@ def test_gradients_reach_every_weight_but_those_before_recurrent_nodes_and_subgr
     behind = {}
     for path in ZOO:
         model = ingest(path)
-        for reason in reach(model, make_plan(model), "distill").untouched.values():
+        for reason in reach(model, make_plan(model)).untouched.values():
             behind[path.stem] = reason.split(" '")[0]
     assert behind == {
         "gru-dynamo": "no gradient passes GRU",

@@ -20,7 +20,7 @@ from onnxqt.model import Model, editable
 from onnxqt.trim import finish_training
 from onnxqt.trim.gradients import find_flow, make_differentiable, static_rules
 from onnxqt.trim.quantizers import functions
-from onnxqt.trim.worker import Trainer
+from onnxqt.trim.trainer import Trainer
 
 
 def step(folder: Path) -> None:

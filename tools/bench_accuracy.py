@@ -13,6 +13,8 @@ from typing import Any
 
 import onnxqt
 from onnxqt.pipeline import Silent
+from onnxqt.trim import TrimSettings
+from onnxqt.trim.losses import Losses
 
 EXTRA_SCHEMES = ("w4a4-sym-pc",)
 
@@ -28,7 +30,7 @@ class Printer(Silent):
 def bench(model: pathlib.Path, data: pathlib.Path, out: pathlib.Path, options: dict[str, Any]) -> dict[str, Any]:
     """Run the whole job with default settings and return its report."""
     schemes = (*onnxqt.DEFAULT_SCHEMES, *(onnxqt.parse_scheme(name) for name in EXTRA_SCHEMES))
-    settings = onnxqt.Settings(schemes=schemes, loss="distill", **options)
+    settings = onnxqt.Settings(schemes, TrimSettings(losses=Losses(), **options))
     report = onnxqt.trim(model, data / "calib", data / "eval", out / model.stem, settings, Printer())
     return report.content
 
@@ -41,7 +43,7 @@ def table(name: str, report: dict[str, Any]) -> str:
         "",
         f"Float {_top1(report['float'])} %, checkpoint {_top1(report['checkpoint'])} % "
         f"({report['data']['evaluation']['samples']} evaluation samples). "
-        f"{training['steps']} steps of {settings['batch_size']}, {training['seconds']:.0f} s of training "
+        f"{training['steps']} steps of {settings['training']['batch_size']}, {training['seconds']:.0f} s of training "
         f"({training['step_ms_median']:.0f} ms a step), {report['seconds']:.0f} s in all.",
         "",
         "| scheme | PTQ | checkpoint | written file | made of | emulator | PTQ dB | file dB | LSB | differing codes |",

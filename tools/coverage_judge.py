@@ -331,6 +331,7 @@ def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], Non
     from onnxqt.data import has_batch_axis
     from onnxqt.model import input_specs
     from onnxqt.pipeline import make_table
+    from onnxqt.trim import TrimSettings
 
     begin("inspect")
     strip = holds_quantizers(original.proto)
@@ -347,7 +348,7 @@ def _stages(case: Case, original: Original, row: Row, begin: Callable[[str], Non
     batched = has_batch_axis(input_specs(model))
     samples = make_samples(original.feeds, batched, zlib.crc32(case.name.encode()))
     np.savez(data / "samples.npz", **samples)  # type: ignore[arg-type]
-    settings = Settings((parse_scheme(SCHEME),), steps=0, batch_size=BATCH, strip_qdq=strip)
+    settings = Settings((parse_scheme(SCHEME),), TrimSettings(steps=0, batch_size=BATCH), strip_qdq=strip)
     work, ranges = calibrated(open_workspace(case.model, data, out=case.folder / "run", settings=settings))
     make_table(work, Candidate(work.source.model, ranges))
     begin("trim")
@@ -384,11 +385,12 @@ def _export(case: Case, original: Original, steps: int) -> Row:
         OnnxqtError: if the package refuses the model.
     """
     from onnxqt import Settings, parse_scheme, trim
+    from onnxqt.trim import TrimSettings
 
     watch = Watch()
     run = case.folder / "run"
     strip = holds_quantizers(original.proto)
-    settings = Settings((parse_scheme(SCHEME),), steps=steps, batch_size=BATCH, strip_qdq=strip)
+    settings = Settings((parse_scheme(SCHEME),), TrimSettings(steps=steps, batch_size=BATCH), strip_qdq=strip)
     report = trim(case.model, case.folder / "samples", out=run, settings=settings, progress=watch)
     if not all(map(math.isfinite, watch.losses)):
         raise Wrong(f"a loss is not finite: {watch.losses}")

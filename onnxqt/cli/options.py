@@ -8,8 +8,9 @@ import click
 
 from onnxqt.calibrate import RANGE_METHODS
 from onnxqt.errors import UsageError
-from onnxqt.pipeline import Settings
+from onnxqt.pipeline import EQUALIZE, Settings
 from onnxqt.profiles import PROFILES, Profile, read_profile
+from onnxqt.ptq import STEPS, Step
 from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
 
 MODEL = click.Path(path_type=Path)
@@ -42,9 +43,30 @@ RANGES = click.option(
     show_default=True,
     help="How clips are chosen.",
 )
+EQUALIZE_OPTION = click.option(
+    "--equalize",
+    type=click.Choice(EQUALIZE),
+    default="auto",
+    show_default=True,
+    help="Cross-layer equalization first; auto: where it loses less on calibration samples.",
+)
+PTQ = click.option(
+    "--ptq",
+    metavar="STEP,...",
+    help="Post-training quantization: equalize, round (AdaRound), bias. For trim: a baseline for the report.",
+)
 STRIP_QDQ = click.option("--strip-qdq", is_flag=True, help="Take the quantizers out of a quantized MODEL first.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 OUT = click.option("--out", type=MODEL, help="Run directory.  [default: MODEL-onnxqt]")
+
+
+def ptq_steps(text: str | None) -> tuple[Step, ...]:
+    """The steps of post-training quantization that a text names, separated by commas, each once."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in STEPS:
+            raise UsageError(f"--ptq {text}: there is no step '{name}': name some of {', '.join(STEPS)}")
+    return tuple(step for step in STEPS if step in names)
 
 
 def settings_of(schemes: Sequence[str], **rest: Any) -> Settings:

@@ -7,36 +7,44 @@ from typing import Any
 
 import click
 
-from onnxqt.cli.options import DATA, JSON, MODEL, OUT, RANGES, SCHEMES, STRIP_QDQ, options, settings_of
+from onnxqt.candidates import Candidate
+from onnxqt.cli.options import (
+    DATA,
+    EQUALIZE_OPTION,
+    JSON,
+    MODEL,
+    OUT,
+    PTQ,
+    RANGES,
+    SCHEMES,
+    STRIP_QDQ,
+    options,
+    ptq_steps,
+    settings_of,
+)
 from onnxqt.cli.output import percent, print_json, print_table
 from onnxqt.cli.progress import Bar
+from onnxqt.cli.training import ROBUST_TO, TRAINING, regimes_named, training_of
 from onnxqt.files import write_json
-from onnxqt.pipeline import SCHEMES_FOLDER, TABLE, Candidate, Settings, calibrated, make_table, open_workspace
+from onnxqt.pictures import TAILS_PICTURE, TRAINING_PICTURE, tail_length
+from onnxqt.pipeline import SCHEMES_FOLDER, TABLE, calibrated, make_table, open_workspace
 from onnxqt.pipeline import export as export_files
 from onnxqt.pipeline import trim as run_trim
+from onnxqt.trim import TrimSettings
+from onnxqt.trim.prune import Tails
 from onnxqt.verify import Verdict
 
 
 @click.command()
 @click.argument("model", type=MODEL)
-@options(DATA, OUT, SCHEMES, RANGES, STRIP_QDQ, JSON)
+@options(DATA, OUT, SCHEMES, RANGES, EQUALIZE_OPTION, PTQ, STRIP_QDQ, JSON)
 @click.option(
     "--eval",
     "evaluation",
     type=MODEL,
     help="Samples for the report.  [default: what training holds out of --data to pick the checkpoint]",
 )
-@click.option("--steps", type=int, default=Settings.steps, show_default=True, help="Training updates; 0 for none.")
-@click.option("--batch-size", type=int, default=Settings.batch_size, show_default=True, help="Samples per update.")
-@click.option("--lr", type=float, default=Settings.learning_rate, show_default=True, help="Peak learning rate.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Order of samples and schemes.")
-@click.option(
-    "--loss",
-    type=click.Choice(["auto", "distill", "cross-entropy"]),
-    default="auto",
-    show_default=True,
-    help="auto: cross-entropy if --data has labels, else distillation from the model itself.",
-)
+@options(ROBUST_TO, *TRAINING)
 def trim(
     model: Path,
     data: Path,
@@ -54,12 +62,11 @@ def trim(
     """
     settings = settings_of(
         schemes,
-        steps=rest["steps"],
-        batch_size=rest["batch_size"],
-        learning_rate=rest["lr"],
-        seed=rest["seed"],
-        loss=rest["loss"],
+        training=training_of(rest),
+        robust_to=regimes_named(rest["robust_to"], rest["ranges"]),
         ranges=rest["ranges"],
+        equalize=rest["equalize"],
+        ptq=ptq_steps(rest["ptq"]),
         strip_qdq=rest["strip_qdq"],
     )
     folder = out or Path(f"{model.stem}-onnxqt")
@@ -76,9 +83,14 @@ def trim(
     _tell_unbounded(content["plan"]["unbounded_tensors"])
     for line in _untrained(training):
         click.echo(line, err=True)
+    pictures = ""
+    if training["steps"]:
+        for line in _course(training, settings.training):
+            click.echo(line, err=True)
+        pictures = f", the course of training in its {TRAINING_PICTURE} and {TAILS_PICTURE}"
     click.echo(
         f"{training['steps']} steps in {training['seconds']:.0f} s ({training['step_ms_median']:.0f} ms each), "
-        f"best after {training['best_step']}; everything is in {folder}/"
+        f"best after {training['best_step']}; everything is in {folder}/{pictures}"
     )
 
 
@@ -99,7 +111,7 @@ def calibrate(
     Example:
         onnxqt calibrate model.onnx --data calib/ --ranges percentile
     """
-    settings = settings_of(schemes, steps=0, **rest)
+    settings = settings_of(schemes, training=TrimSettings(steps=0), **rest)
     with Bar() as bar:
         work, table = calibrated(open_workspace(model, data, None, out, settings, bar))
     content = make_table(work, Candidate(work.source.model, table))
@@ -119,7 +131,7 @@ def calibrate(
 
 @click.command()
 @click.argument("model", type=MODEL)
-@options(DATA, OUT, SCHEMES, RANGES, STRIP_QDQ, JSON)
+@options(DATA, OUT, SCHEMES, RANGES, PTQ, STRIP_QDQ, JSON)
 def export(
     model: Path,
     data: Path,
@@ -134,11 +146,12 @@ def export(
     Example:
         onnxqt export checkpoint.onnx --data calib/ --scheme w8a8-sym-pc
     """
-    settings = settings_of(schemes, steps=0, **rest)
+    ptq = ptq_steps(rest.pop("ptq"))
+    settings = settings_of(schemes, training=TrimSettings(steps=0), **rest)
     with Bar() as bar:
         work, ranges = calibrated(open_workspace(model, data, None, out, settings, bar))
         checkpoint = Candidate(work.source.model, ranges)
-        exported = export_files(work, checkpoint)
+        exported = export_files(work, checkpoint, ptq=ptq)
     content = {name: _check_of(scheme.verdict) for name, scheme in exported.items()}
     _tell_unbounded(work.source.plan.unbounded)
     if as_json:
@@ -176,6 +189,33 @@ def _untrained(training: dict[str, Any]) -> list[str]:
     return lines + [
         f"not trained: {len(names)} weight(s) such as '{names[0]}': {reason}" for reason, names in by_reason.items()
     ]
+
+
+def _course(training: dict[str, Any], asked: TrimSettings) -> list[str]:
+    """The phases of the schedule, and what reverse pruning did to the weights' tails."""
+    steps, schedule = asked.steps, asked.schedule
+    ends = [round(share * steps) for share in (schedule.warmup, schedule.bend, schedule.full)]
+    lines = [
+        f"schedule: float until {ends[0]}, quartic to {ends[1]} (lambda {schedule.knee:g}), "
+        f"quadratic to {ends[2]} (lambda 1), hold to {steps}"
+    ]
+    if training["stopped"]:
+        lines.append(f"training was stopped after {training['steps']} of {steps} steps")
+    tails = training["tails"]
+    if asked.prune == "none" or not tails:
+        return lines
+    clipped = [name for name, tail in tails.items() if tail["before"]["clipped"]]
+    worst = max(tails, key=lambda name: _length(tails[name]["before"]))
+    before, after = (_length(tails[worst][when]) for when in ("before", "after"))
+    lines.append(
+        f"reverse pruning acted on {len(clipped)} of {len(tails)} weights: the longest tail (max|W| / 0.999 quantile), "
+        f"of '{worst}', was {before:.3g} before, {after:.3g} after"
+    )
+    return lines
+
+
+def _length(tails: dict[str, Any]) -> float:
+    return tail_length(Tails(**tails))
 
 
 def _check_of(verdict: Verdict | None) -> dict[str, Any] | None:

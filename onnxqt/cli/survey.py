@@ -27,7 +27,7 @@ def inspect(model: Path, strip_qdq: bool, as_json: bool, everything: bool) -> No
     """
     ingested = ingest(model, strip_qdq)
     plan = make_plan(ingested)
-    found = survey(ingested, plan, reach(ingested, plan, "distill"))
+    found = survey(ingested, plan, reach(ingested, plan))
     if as_json:
         print_json(survey_json(found))
         return

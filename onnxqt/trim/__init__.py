@@ -4,59 +4,53 @@ The parent process writes a training graph and its settings into a folder, start
 reports and returns the best weights. The worker's process may die; the parent and the files do not.
 """
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxqt.calibrate import RangeMethod, RangeTable, activation_params
+from onnxqt.calibrate import RangeTable
+from onnxqt.data import InputSpec, has_classes
 from onnxqt.errors import TrainingError
 from onnxqt.model import Model, editable, finish
+from onnxqt.numerics import Grid
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
-from onnxqt.schemes import Scheme
+from onnxqt.schemes import Grids, Placement
 from onnxqt.trim import job as jobs
+from onnxqt.trim import state as states
 from onnxqt.trim.gradients import DOMAIN, Flow, Registration, find_flow, make_differentiable, static_rules
-from onnxqt.trim.losses import LossName, Target, add_loss, find_targets
-from onnxqt.trim.quantizers import functions, insert
+from onnxqt.trim.history import History, before_step, read_history
+from onnxqt.trim.losses import LOSS, Losses, Term, find_terms, insert_loss, with_loss
+from onnxqt.trim.prune import Tails, tails
+from onnxqt.trim.quantizers import functions, insert, scale_loss, units_of
+from onnxqt.trim.regimes import Regime, scheme_regime
+from onnxqt.trim.settings import (
+    EVALUATIONS,
+    HELD_FRACTION,
+    HELD_LIMIT,
+    OBSERVE_MEMORY,
+    PRUNE_MEMORY,
+    REFRESH_EVERY,
+    TrimSettings,
+)
 
-DEFAULT_LEARNING_RATE = 1e-4
-HELD_FRACTION = 0.1
-HELD_LIMIT = 512
-REFRESH_EVERY = 20
-EVALUATIONS = 10
+__all__ = ["Reach", "Regime", "Subject", "TrimSettings", "Trimmed", "check_trainable", "reach", "scheme_regime", "trim"]
 
-
-@dataclass(frozen=True)
-class TrimSettings:
-    """How to fine-tune.
-
-    Attributes:
-        schemes: the schemes to become robust to; one is drawn for each step.
-        steps: optimizer updates.
-        batch_size: samples of an update.
-        learning_rate: peak of AdamW's learning rate.
-        seed: of the order of samples and schemes.
-        loss: "distill" (no labels) or "cross-entropy".
-        method: how the activations' ranges are chosen.
-    """
-
-    schemes: tuple[Scheme, ...]
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = DEFAULT_LEARNING_RATE
-    seed: int = 0
-    loss: LossName = "distill"
-    method: RangeMethod = "mse"
+_PLAIN = Grids(Grid(32, True), Placement(True), True, False, Grid(32, True), Grid(32, True), Placement(True))
+FLOAT = Regime("float", _PLAIN)  # nothing is rounded: what the checkpoint itself is worth
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +63,12 @@ class Trimmed:
         best_step: updates after which the weights were best; 0 is the untouched model.
         seconds: time spent in training.
         step_ms_median: time of a forward, backward and update, in milliseconds.
-        helped: whether the best weights lose less than the untouched ones on the held-out samples, by scheme.
+        helped: whether the best weights lose less than the untouched ones on the held-out samples, by regime.
         untouched: why a weight or bias was not trained, by its name; they are as they were, whatever the scheme.
         reason: why nothing was trained; None if something was.
         diverged: how training came to an early end, with the best weights until then; None if it did not.
+        stopped: whether it was stopped before its last step, by the user or because nothing got better.
+        tails: of each trained weight, before and after.
         history: the worker's reports.
     """
 
@@ -85,6 +81,8 @@ class Trimmed:
     untouched: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
     diverged: str | None = None
+    stopped: bool = False
+    tails: Mapping[str, tuple[Tails, Tails]] = field(repr=False, default_factory=dict)
     history: tuple[dict[str, Any], ...] = field(repr=False, default=())
 
 
@@ -103,83 +101,116 @@ class Reach:
     reason: str | None = None
 
 
-Progress = Callable[[dict[str, Any]], None]
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is fine-tuned, and on what.
 
-
-def trim(
-    model: Model,
-    plan: QuantPlan,
-    ranges: RangeTable,
-    data: Path,
-    settings: TrimSettings,
-    folder: Path,
-    progress: Progress = lambda report: None,
-) -> Trimmed:
-    """Fine-tune `model` on the samples in `data`.
-
-    Args:
+    Attributes:
         model: the float model; also the teacher and the first candidate.
         plan: its quantizer sites.
         ranges: its calibrated activation ranges.
+        regimes: the ways to quantize it that it is to become robust to.
         data: samples, as `onnxqt.data.open_samples` takes them.
+        labels: the arrays of labels that they have.
+    """
+
+    model: Model
+    plan: QuantPlan
+    ranges: RangeTable
+    regimes: tuple[Regime, ...]
+    data: Path
+    labels: tuple[InputSpec, ...] = ()
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def trim(subject: Subject, settings: TrimSettings, folder: Path, progress: Progress = lambda report: None) -> Trimmed:
+    """Fine-tune a model.
+
+    A first Ctrl-C ends training after the step at hand, with the best weights until then; a second one ends the run.
+
+    Args:
+        subject: the model and its samples.
         settings: how to train.
         folder: an existing folder for the run's files.
-        progress: called with each report of the worker, a dict with `event`: start, step, evaluate, diverged,
-            done.
+        progress: called with each report of the worker, a dict with `event`: start, resume, step, evaluate, saved,
+            stopped, diverged, done.
 
     Returns:
         The outcome; without a step, and with the reason, if no gradient reaches a weight.
 
     Raises:
-        TrainingError: if the process dies; the last and the best checkpoint until then
+        TrainingError: if the process dies, or a run cannot be resumed; the last and the best checkpoint until then
             are `last.onnx` and `best.onnx` in `folder`.
     """
-    scope = check_trainable(model, plan, settings.loss)
+    model, plan, regimes = subject.model, subject.plan, (*subject.regimes, FLOAT)
+    scope = check_trainable(model, plan, settings, subject.labels)
     if scope.reason is not None:
-        return _nothing_trained(model, settings.schemes, scope)
-    graph, registrations = training_graph(model, plan, settings.loss)
-    targets = _targets(model, settings.loss)
+        return _nothing_trained(model, regimes, scope)
+    terms = _terms(model, plan, settings, subject.labels)
+    graph, registrations, given_out = training_graph(model, plan, terms, scope.trained)
+    job = _job(replace(subject, regimes=regimes), settings, terms, scope.trained)
+    job = replace(job, registrations=tuple(registrations), given_out=tuple(given_out))
+    kept = _resumed(folder, job) if settings.resume else []
+    if not settings.resume:
+        states.discard(folder)
+        for stale in (jobs.BEST, jobs.LAST, jobs.HISTORY):
+            (folder / stale).unlink(missing_ok=True)
+        jobs.write(folder, job)
     onnx.save(graph, folder / jobs.GRAPH)
     onnx.save(model.proto, folder / jobs.START)
-    for index, scheme in enumerate(settings.schemes):
-        jobs.write_activations(folder, index, activation_params(plan, ranges, scheme.grids, settings.method))
-    for stale in (jobs.BEST, jobs.LAST):
-        (folder / stale).unlink(missing_ok=True)
-    job = _job(data, settings, targets, scope.trained, tuple(registrations))
-    jobs.write(folder, replace(job, unbounded=plan.unbounded))
-    history: list[dict[str, Any]] = []
-    for report in _reports(folder):
-        history.append(report)
-        progress(report)
-    trimmed = _outcome(model, settings.schemes, folder, history)
+    jobs.write_ranges(folder, subject.ranges)
+    (folder / jobs.STOP).unlink(missing_ok=True)
+    with History(folder, kept, settings.tensorboard) as history:
+        for report in _reports(folder):
+            if report["event"] != "resume":
+                history.add(report)
+            progress(report)
+    trimmed = _outcome(model, regimes, folder, history.reports)
     jobs.tidy(folder)
-    return replace(trimmed, untouched=scope.untouched)
+    if not any(report["event"] == "stopped" and "patience" not in report for report in history.reports):
+        states.discard(folder)
+    return replace(trimmed, untouched=scope.untouched, tails=_tails(model, trimmed.model, plan, folder))
 
 
-def check_trainable(model: Model, plan: QuantPlan, loss: LossName) -> Reach:
+def check_trainable(model: Model, plan: QuantPlan, settings: TrimSettings, labels: Sequence[InputSpec] = ()) -> Reach:
     """What training can move; refuses what cannot be fine-tuned as asked, before any work is done.
 
     Raises:
         InstallationError: if the training package is absent.
-        TrainingError: if the loss does not fit the model's outputs.
+        TrainingError: if the loss does not fit the model's outputs or the labels.
+        UsageError: if a pattern of frozen weights matches nothing.
     """
     check_trainer()
-    return reach(model, plan, loss)
+    free = settings.unfrozen(trainable(plan))
+    found = reach(model, plan, _terms(model, plan, settings, labels))
+    frozen = dict.fromkeys((name for name in found.trained if name not in free), "it is frozen by --freeze")
+    trained = tuple(name for name in found.trained if name in free)
+    reason = "all weights are frozen by --freeze" if found.trained and not trained else found.reason
+    return Reach(trained, {**found.untouched, **frozen}, reason)
 
 
-def reach(model: Model, plan: QuantPlan, loss: LossName) -> Reach:
+def _terms(model: Model, plan: QuantPlan, settings: TrimSettings, labels: Sequence[InputSpec]) -> tuple[Term, ...]:
+    return find_terms(model, plan, settings.loss(has_classes(labels)), labels)
+
+
+def reach(model: Model, plan: QuantPlan, terms: Sequence[Term] | None = None) -> Reach:
     """Which weights and biases training can move, and why not the others; nothing is edited or run for it.
 
-    Raises:
-        TrainingError: if the loss does not fit the model's outputs.
+    Args:
+        model: the float model.
+        plan: its quantizer sites.
+        terms: the loss; by default distillation.
     """
     names = trainable(plan)
     if not names:
         return Reach((), {}, "the model has no Conv, ConvTranspose, Gemm or MatMul with a constant weight to train")
-    if not _targets(model, loss):
+    terms = find_terms(model, plan, Losses(), ()) if terms is None else terms
+    if not terms:
         reason = "the model has no float output to compare with the original's"
         return Reach((), dict.fromkeys(names, reason), reason)
-    flow = _flow(model, plan, loss)
+    flow = _flow(model, plan, terms)
     trained = tuple(name for name in names if name in flow.reached)
     elsewhere = "no output that is compared depends on it"
     untouched = {name: flow.lost.get(name, elsewhere) for name in names if name not in flow.reached}
@@ -188,8 +219,8 @@ def reach(model: Model, plan: QuantPlan, loss: LossName) -> Reach:
     return Reach((), untouched, f"no gradient reaches a weight: {untouched[names[0]]}")
 
 
-def _flow(model: Model, plan: QuantPlan, loss: LossName) -> Flow:
-    return find_flow(model, trainable(plan), [target.output for target in _targets(model, loss)])
+def _flow(model: Model, plan: QuantPlan, terms: Sequence[Term]) -> Flow:
+    return find_flow(with_loss(model, terms), trainable(plan), [LOSS])
 
 
 def trainable(plan: QuantPlan) -> list[str]:
@@ -199,14 +230,20 @@ def trainable(plan: QuantPlan) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def training_graph(model: Model, plan: QuantPlan, loss: LossName) -> tuple[onnx.ModelProto, list[Registration]]:
-    """The float model with its quantizers and loss, and the gradients to register."""
+def training_graph(
+    model: Model, plan: QuantPlan, terms: Sequence[Term], trained: Sequence[str]
+) -> tuple[onnx.ModelProto, list[Registration], list[str]]:
+    """The float model with its quantizers and loss, the gradients to register, and the statistics it computes."""
     graph = editable(model.proto)
-    insert(graph, plan)
-    add_loss(graph, _targets(model, loss), loss)
-    registrations, wrappers = make_differentiable(graph, _flow(model, plan, loss))
+    values = {name: value for name in trained if (value := model.graph.constant(name)) is not None}
+    given_out = insert(graph, plan, units_of(plan, values))
+    insert_loss(graph, terms)
+    scale_loss(graph)
+    left = graph.tensors()  # without the outputs that the loss does not read, and what only they depend on
+    given_out = [name for name in given_out if name in left]
+    registrations, wrappers = make_differentiable(graph, _flow(model, plan, terms))
     proto = finish_training(graph, [*functions(model.opset), *wrappers])
-    return proto, [*static_rules(), *registrations]
+    return proto, [*static_rules(), *registrations], given_out
 
 
 def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.ModelProto:
@@ -218,42 +255,53 @@ def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.Mo
     return proto
 
 
-def _targets(model: Model, loss: LossName) -> tuple[Target, ...]:
-    targets = find_targets(model)
-    if loss == "distill":
-        return targets
-    scores = [target for target in targets if target.kind != "values"]
-    if len(scores) != 1:
-        raise TrainingError(
-            f"cross-entropy needs exactly one output of class scores (N, classes), the model has {len(scores)}: "
-            "use --loss distill"
-        )
-    return tuple(scores)
-
-
-def _job(
-    data: Path,
-    settings: TrimSettings,
-    targets: tuple[Target, ...],
-    parameters: tuple[str, ...],
-    registrations: tuple[Registration, ...],
-) -> jobs.Job:
+def _job(subject: Subject, settings: TrimSettings, terms: tuple[Term, ...], trained: tuple[str, ...]) -> jobs.Job:
     return jobs.Job(
-        data=os.fspath(data.resolve()),
+        data=os.fspath(subject.data.resolve()),
         steps=settings.steps,
         batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        accumulate=settings.accumulate,
+        optimizer=settings.optimizer,
+        learning_rate=settings.peak_rate,
+        schedule=settings.schedule,
         seed=settings.seed,
-        loss=settings.loss,
-        schemes=tuple(str(scheme) for scheme in settings.schemes),
-        targets=targets,
-        parameters=parameters,
-        registrations=registrations,
+        terms=terms,
+        regimes=subject.regimes,
+        parameters=trained,
+        registrations=(),
+        given_out=(),
         held_fraction=HELD_FRACTION,
         held_limit=HELD_LIMIT,
         refresh_every=REFRESH_EVERY,
+        observe_memory=OBSERVE_MEMORY,
+        average=settings.average,
+        balance=settings.balance,
         evaluate_every=max(1, settings.steps // EVALUATIONS),
+        patience=settings.patience,
+        prune=settings.prune,
+        prune_memory=PRUNE_MEMORY,
+        save_every=settings.save_every,
+        save_minutes=settings.save_minutes,
+        unbounded=subject.plan.unbounded,
     )
+
+
+def _resumed(folder: Path, job: jobs.Job) -> list[dict[str, Any]]:
+    """The reports of the run that is to be resumed.
+
+    Raises:
+        TrainingError: if there is none, or it is another run.
+    """
+    saved = states.find(folder)
+    if saved is None:
+        raise TrainingError(f"there is nothing to resume in '{folder}': run without --resume")
+    changed = jobs.difference(folder, job)
+    if changed is not None:
+        raise TrainingError(
+            f"the run in '{folder}' has another {changed.replace('_', ' ')}: give the settings and samples that it "
+            "was started with, or run without --resume"
+        )
+    return before_step(read_history(folder), saved.progress["step"])
 
 
 def _reports(folder: Path) -> Iterator[dict[str, Any]]:
@@ -261,21 +309,42 @@ def _reports(folder: Path) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "onnxqt.trim.worker", os.fspath(folder)]
     with (
         (folder / jobs.LOG).open("w") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        # in a session of its own, so that Ctrl-C reaches this process alone
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True) as process,
     ):
+        message = None
         try:
-            message = None
-            for line in process.stdout or ():
-                report = json.loads(line)
-                if report["event"] == "error":
-                    message = report["message"]
-                else:
-                    yield report
-            code = process.wait()
+            with _stopped_by_interrupt(folder / jobs.STOP):
+                for line in process.stdout or ():
+                    report = json.loads(line)
+                    if report["event"] == "error":
+                        message = report["message"]
+                    else:
+                        yield report
+                code = process.wait()
         finally:
             process.kill()
     if code:
         raise TrainingError(message or _obituary(folder, code))
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(file: Path) -> Iterator[None]:
+    """A first Ctrl-C makes the file that asks the worker to stop; a second one does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        file.touch()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _obituary(folder: Path, code: int) -> str:
@@ -285,7 +354,7 @@ def _obituary(folder: Path, code: int) -> str:
     return f"the training process {how}; {rest}, its messages in '{folder / jobs.LOG}'"
 
 
-def _nothing_trained(model: Model, schemes: tuple[Scheme, ...], scope: Reach) -> Trimmed:
+def _nothing_trained(model: Model, regimes: Sequence[Regime], scope: Reach) -> Trimmed:
     """The model as it is."""
     return Trimmed(
         model,
@@ -293,13 +362,13 @@ def _nothing_trained(model: Model, schemes: tuple[Scheme, ...], scope: Reach) ->
         best_step=0,
         seconds=0.0,
         step_ms_median=0.0,
-        helped={str(scheme): False for scheme in schemes},
+        helped={regime.name: False for regime in regimes},
         untouched=scope.untouched,
         reason=scope.reason,
     )
 
 
-def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: list[dict[str, Any]]) -> Trimmed:
+def _outcome(model: Model, regimes: Sequence[Regime], folder: Path, history: list[dict[str, Any]]) -> Trimmed:
     steps = [report for report in history if report["event"] == "step"]
     bests = [report for report in history if report["event"] == "evaluate" and report["best"]]
     untouched = next(report["losses"] for report in history if report["event"] == "start")
@@ -311,7 +380,22 @@ def _outcome(model: Model, schemes: tuple[Scheme, ...], folder: Path, history: l
         best_step=bests[-1]["step"] if bests else 0,
         seconds=steps[-1]["seconds"] if steps else 0.0,
         step_ms_median=float(np.median([report["ms"] for report in steps])) if steps else 0.0,
-        helped={str(s): after < before for s, before, after in zip(schemes, untouched, losses, strict=True)},
+        helped={r.name: after < before for r, before, after in zip(regimes, untouched, losses, strict=True)},
         diverged=next((report["message"] for report in history if report["event"] == "diverged"), None),
+        stopped=any(report["event"] == "stopped" for report in history),
         history=tuple(history),
     )
+
+
+def _tails(before: Model, after: Model, plan: QuantPlan, folder: Path) -> dict[str, tuple[Tails, Tails]]:
+    """The tails of each weight before and after; the clipped share is that of the original beyond the final clip."""
+    clips = states.read_clips(folder)
+    found = {}
+    for site in plan.weights:
+        old, new = (model.graph.constant(site.tensor) for model in (before, after))
+        if old is not None and new is not None:
+            clip = clips.get(site.tensor)
+            if clip is not None and clip.ndim:
+                clip = clip.reshape([-1 if i == site.axis else 1 for i in range(old.ndim)])
+            found[site.tensor] = (tails(old, clip), tails(new))
+    return found

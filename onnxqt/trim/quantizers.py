@@ -1,7 +1,13 @@
-"""Graph surgery for training: ReversePrune on every weight, ProgressiveQDQ on every quantized tensor.
+"""Graph surgery for training: what is put behind every weight and every quantized tensor.
 
-Both are model-local ONNX functions, so the training graph stays readable and runs on any ONNX runtime. Grid,
-scale and blend are inputs of the graph: one graph serves every scheme.
+All of it is model-local ONNX functions, so the training graph stays readable and runs on any ONNX runtime. Grid,
+scale and blend are inputs of the graph: one graph serves every scheme. A weight becomes
+
+    W = unit * U              U is what the optimizer moves; `unit` is the size of W when training began
+    ReversePrune(W, tau)      the few extreme weights are clipped while they can still learn
+    ProgressiveQDQ(...)       a blend of the weight and its quantized value
+
+so that a learning rate is a relative change of every weight, whatever its size.
 """
 
 from collections.abc import Mapping
@@ -10,15 +16,19 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, helper
+from onnx import helper
 
-from onnxqt.calibrate import Quantizers
 from onnxqt.numerics import Array, FloatArray, QParams, along_axis
 from onnxqt.plan import QuantPlan
-from onnxqt.trim.gradients import DOMAIN
+from onnxqt.trim.gradients import DOMAIN, through_sequence
 
-BLEND = "onnxqt.lambda"
+WEIGHT_BLEND = "onnxqt.lambda:weights"
+ACTIVATION_BLEND = "onnxqt.lambda:activations"
+RUN_TIME = "onnxqt.run_time"  # 1 if the activations' scales follow from the batch, else 0
+LOSS_SCALE = "onnxqt.loss_scale"
+CENTRED = "onnxqt.centred"  # 1 if those scales are symmetric about zero, else 0
 QUANTIZED = "onnxqt.quantized:"  # prefix of a quantized tensor's name
+SAMPLE = 4096  # about as many values of each activation are given out in each step
 
 
 class QuantizerInputs(NamedTuple):
@@ -30,9 +40,22 @@ class QuantizerInputs(NamedTuple):
     qmax: str
 
 
+class Statistics(NamedTuple):
+    """Names of the graph outputs that tell about the values of one activation."""
+
+    low: str
+    high: str
+    sample: str
+
+
 def quantizer_inputs(tensor: str) -> QuantizerInputs:
     """Names of the inputs that set the quantizer of `tensor`."""
     return QuantizerInputs(*(f"onnxqt.{field}:{tensor}" for field in QuantizerInputs._fields))
+
+
+def statistics(tensor: str) -> Statistics:
+    """Names of the outputs that tell about `tensor`: the least and largest value, and some values evenly spaced."""
+    return Statistics(*(f"onnxqt.{field}:{tensor}" for field in Statistics._fields))
 
 
 def prune_input(weight: str) -> str:
@@ -40,8 +63,78 @@ def prune_input(weight: str) -> str:
     return f"onnxqt.tau:{weight}"
 
 
+def relative(parameter: str) -> str:
+    """Name of the initializer that the optimizer moves in place of a weight or bias."""
+    return f"onnxqt.relative:{parameter}"
+
+
+_PRUNE = "low = Neg(tau) above = Max(w, low) y = Min(above, tau)"
+
+_BLEND = """
+    wide = QuantizeLinear<axis: int = @axis>(x, scale, zero_point)
+    codes = Clip(wide, qmin, qmax)
+    share = Mul(scale, lambda)
+    grid_part = DequantizeLinear<axis: int = @axis>(codes, share, zero_point)
+    one = Constant<value_float = 1.0>()
+    rest = Sub(one, lambda)
+    float_part = Mul(x, rest)
+    y = Add(float_part, grid_part)
+"""
+
+_STATISTICS = f"""
+    low = ReduceMin<keepdims = 0>(x)
+    high = ReduceMax<keepdims = 0>(x)
+    line = Constant<value = int64[1] {{-1}}>()
+    begin = Constant<value = int64[1] {{0}}>()
+    flat = Reshape(x, line)
+    size = Shape(flat)
+    pairs = Constant<value = int64[1] {{{2 * SAMPLE}}}>()
+    two = Constant<value = int64[1] {{2}}>()
+    one = Constant<value = int64[1] {{1}}>()
+    half = Div(size, pairs)
+    even = Mul(half, two)
+    odd = Add(even, one)
+    sample = Slice(flat, begin, size, begin, odd)
+"""
+
+_RUN_TIME = """
+    nothing = Constant<value_float = 0.0>()
+    tiny = Constant<value_float = 1e-12>()
+    below = Min(low, nothing)
+    above = Max(high, nothing)
+    under = Neg(below)
+    size = Max(under, above)
+    first = Cast<to = 1>(qmin)
+    last = Cast<to = 1>(qmax)
+    span = Sub(above, below)
+    steps = Sub(last, first)
+    one_sided = Div(span, steps)
+    one = Constant<value_float = 1.0>()
+    two_sided = Div(size, last)
+    uncentred = Sub(one, centred)
+    a = Mul(two_sided, centred)
+    b = Mul(one_sided, uncentred)
+    either = Add(a, b)
+    own = Max(either, tiny)
+    calibrated = Sub(one, run_time)
+    c = Mul(own, run_time)
+    d = Mul(scale, calibrated)
+    used = Add(c, d)
+    offset = Div(below, own)
+    exact = Sub(first, offset)
+    code = Mul(exact, uncentred)
+    whole = Round(code)
+    bounded = Clip(whole, first, last)
+    given = Cast<to = 1>(zero_point)
+    e = Mul(bounded, run_time)
+    f = Mul(given, calibrated)
+    both = Add(e, f)
+    used_zero_point = Cast<to = 3>(both)
+"""
+
+
 def functions(opset: int) -> list[onnx.FunctionProto]:
-    """ReversePrune and ProgressiveQDQ.
+    """The functions of a training graph.
 
     ReversePrune(w, tau) = min(max(w, -tau), tau)
 
@@ -49,40 +142,46 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
 
     with the INT8 QuantizeLinear/DequantizeLinear q and dq along the attribute `axis`. The blend is exactly x at
     lambda = 0 and exactly the quantized value at lambda = 1.
+
+    Statistics(x) = min(x), max(x), every k-th value of x with an odd k
+
+    RunTimeGrid(low, high, ...) = the calibrated scale and zero point, or those of the range [low, high] of a batch
+
+        scale = (high - low) / (qmax - qmin), zero_point = round(qmin - low / scale)
+        or, centred: scale = max(-low, high) / qmax, zero_point = 0, the middle of every grid that INT8 carries
     """
-    imports = [helper.make_opsetid("", opset)]
-    prune = [
-        helper.make_node("Neg", ["tau"], ["low"]),
-        helper.make_node("Max", ["w", "low"], ["above"]),
-        helper.make_node("Min", ["above", "tau"], ["y"]),
-    ]
-    blend = [
-        _along_axis(helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["wide"])),
-        helper.make_node("Clip", ["wide", "qmin", "qmax"], ["codes"]),
-        _along_axis(helper.make_node("DequantizeLinear", ["codes", "scale", "zero_point"], ["grid"])),
-        helper.make_node("Constant", [], ["one"], value_float=1.0),
-        helper.make_node("Sub", ["one", "lambda"], ["rest"]),
-        helper.make_node("Mul", ["x", "rest"], ["float_part"]),
-        helper.make_node("Mul", ["grid", "lambda"], ["grid_part"]),
-        helper.make_node("Add", ["float_part", "grid_part"], ["y"]),
-    ]
-    inputs = ["x", "scale", "zero_point", "qmin", "qmax", "lambda"]
+    grid = ["low", "high", "scale", "zero_point", "qmin", "qmax", "run_time", "centred"]
     return [
-        helper.make_function(DOMAIN, "ReversePrune", ["w", "tau"], ["y"], prune, imports),
-        helper.make_function(DOMAIN, "ProgressiveQDQ", inputs, ["y"], blend, imports, ["axis"]),
+        _function("ReversePrune", ["w", "tau"], ["y"], _PRUNE, opset),
+        _function("ProgressiveQDQ", ["x", "scale", "zero_point", "qmin", "qmax", "lambda"], ["y"], _BLEND, opset),
+        _function("Statistics", ["x"], ["low", "high", "sample"], _STATISTICS, opset),
+        _function("RunTimeGrid", grid, ["used", "used_zero_point"], _RUN_TIME, opset),
     ]
 
 
-def _along_axis(node: onnx.NodeProto) -> onnx.NodeProto:
-    node.attribute.append(AttributeProto(name="axis", ref_attr_name="axis", type=AttributeProto.INT))
-    return node
+def _function(name: str, inputs: list[str], outputs: list[str], body: str, opset: int) -> onnx.FunctionProto:
+    attributes = ["axis"] if "@axis" in body else []
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\nf {"<axis>" if attributes else ""} () => ()'
+    nodes = onnx.parser.parse_function(f"{head} {{\n{body}\n}}").node
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, imports, attributes)
 
 
-def insert(graph: gs.Graph, plan: QuantPlan) -> None:
-    """Put the quantizers of `plan` into a float graph, in place."""
+def insert(graph: gs.Graph, plan: QuantPlan, units: Mapping[str, Array]) -> list[str]:
+    """Put the quantizers of `plan` into a float graph, in place.
+
+    Args:
+        graph: to edit.
+        plan: where quantizers go.
+        units: the unit of each weight and bias that is to be trained, see `units_of`.
+
+    Returns:
+        The names of the statistics, tensors of the graph that are to become outputs.
+    """
     tensors = graph.tensors()
-    blend = gs.Variable(BLEND, np.float32, [])
-    graph.inputs.append(blend)
+    for name in (WEIGHT_BLEND, ACTIVATION_BLEND, RUN_TIME, CENTRED):
+        graph.inputs.append(gs.Variable(name, np.float32, []))
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
     for site in plan.weights:
         weight = tensors[site.tensor]
         channels = weight.shape[site.axis]
@@ -90,26 +189,52 @@ def insert(graph: gs.Graph, plan: QuantPlan) -> None:
             prune_input(site.tensor), np.float32, along_axis_shape(channels, site.axis, len(weight.shape))
         )
         graph.inputs.append(tau)
-        pruned = gs.Variable(f"onnxqt.pruned:{site.tensor}", np.float32, weight.shape)
         readers = list(weight.outputs)
-        graph.nodes.append(
-            gs.Node(
-                "ReversePrune", f"onnxqt.prune:{site.tensor}", domain=DOMAIN, inputs=[weight, tau], outputs=[pruned]
-            )
-        )
-        quantized = _quantizer(graph, pruned, site.tensor, [channels], site.axis)
+        pruned = _apply(graph, "ReversePrune", f"pruned:{site.tensor}", [weight, tau], weight.shape)
+        settings = _settings_inputs(graph, site.tensor, [channels])
+        blend = [pruned, *settings, inputs[WEIGHT_BLEND]]
+        quantized = _apply(graph, "ProgressiveQDQ", f"quantized:{site.tensor}", blend, weight.shape, axis=site.axis)
         _redirect(readers, weight, quantized)
+    given_out = []
     for activation in plan.activations:
         tensor = tensors[activation.tensor]
         readers = list(tensor.outputs)
-        quantized = _quantizer(graph, tensor, activation.tensor, [], 0)
+        low, high, sample = (gs.Variable(name, np.float32) for name in statistics(activation.tensor))
+        low.shape = high.shape = []
+        given_out += [low.name, high.name, sample.name]
+        name = f"onnxqt.statistics:{activation.tensor}"
+        graph.nodes.append(gs.Node("Statistics", name, {}, [tensor], [low, high, sample], domain=DOMAIN))
+        settings = _settings_inputs(graph, activation.tensor, [])
+        used = (
+            gs.Variable(f"onnxqt.used_scale:{activation.tensor}", np.float32, []),
+            gs.Variable(f"onnxqt.used_zero_point:{activation.tensor}", np.int8, []),
+        )
+        operands = [low, high, *settings, inputs[RUN_TIME], inputs[CENTRED]]
+        name = f"onnxqt.grid:{activation.tensor}"
+        graph.nodes.append(gs.Node("RunTimeGrid", name, {}, operands, list(used), domain=DOMAIN))
+        scale = gs.Variable(f"onnxqt.scale_now:{activation.tensor}", np.float32, [])
+        graph.nodes.extend(through_sequence(used[0], scale))
+        blend = [tensor, scale, used[1], *settings[2:], inputs[ACTIVATION_BLEND]]
+        quantized = _apply(graph, "ProgressiveQDQ", f"quantized:{activation.tensor}", blend, tensor.shape, axis=0)
         _redirect(readers, tensor, quantized)
         graph.outputs = [quantized if output is tensor else output for output in graph.outputs]
+    _make_relative(graph, units)
     graph.cleanup().toposort()
+    return given_out
 
 
-def _quantizer(graph: gs.Graph, x: gs.Variable, name: str, scale_shape: list[int], axis: int) -> gs.Variable:
-    """Add ProgressiveQDQ behind `x`, with its own graph inputs; returns its output."""
+def scale_loss(graph: gs.Graph) -> None:
+    """Multiply the output of a training graph, its loss, by the input `LOSS_SCALE`, in place."""
+    (loss,) = graph.outputs
+    scale = gs.Variable(LOSS_SCALE, np.float32, [])
+    graph.inputs.append(scale)
+    scaled = gs.Variable("onnxqt.scaled_loss", np.float32, [])
+    graph.nodes.append(gs.Node("Mul", scaled.name, {}, [loss, scale], [scaled]))
+    graph.outputs = [scaled]
+
+
+def _settings_inputs(graph: gs.Graph, name: str, scale_shape: list[int]) -> list[gs.Variable]:
+    """Add the graph inputs that set the quantizer of a tensor."""
     names = quantizer_inputs(name)
     settings = [
         gs.Variable(names.scale, np.float32, scale_shape),
@@ -118,19 +243,30 @@ def _quantizer(graph: gs.Graph, x: gs.Variable, name: str, scale_shape: list[int
         gs.Variable(names.qmax, np.int8, []),
     ]
     graph.inputs.extend(settings)
-    y = gs.Variable(f"{QUANTIZED}{name}", np.float32, x.shape)
-    blend = next(tensor for tensor in graph.inputs if tensor.name == BLEND)
-    graph.nodes.append(
-        gs.Node(
-            "ProgressiveQDQ",
-            f"onnxqt.quantizer:{name}",
-            {"axis": axis},
-            inputs=[x, *settings, blend],
-            outputs=[y],
-            domain=DOMAIN,
-        )
-    )
+    return settings
+
+
+def _apply(
+    graph: gs.Graph, function: str, name: str, inputs: list[gs.Tensor], shape: list[int | str] | None, **attributes: int
+) -> gs.Variable:
+    """Add a call of one of the functions with one output; it and the node are called `onnxqt.<name>`."""
+    y = gs.Variable(f"onnxqt.{name}", np.float32, shape)
+    graph.nodes.append(gs.Node(function, y.name, attributes, inputs, [y], domain=DOMAIN))
     return y
+
+
+def _make_relative(graph: gs.Graph, units: Mapping[str, Array]) -> None:
+    """Compute each trained weight and bias as a product of its unit and what is trained."""
+    tensors = graph.tensors()
+    for name, unit in units.items():
+        parameter = tensors[name]
+        values = np.asarray(parameter.values, np.float32)
+        product = gs.Variable(name, np.float32, list(values.shape))
+        _redirect(list(parameter.outputs), parameter, product)
+        parameter.name = f"onnxqt.was:{name}"
+        moved = gs.Constant(relative(name), np.asarray(values / unit, np.float32))
+        constant = gs.Constant(f"onnxqt.unit:{name}", np.asarray(unit, np.float32))
+        graph.nodes.append(gs.Node("Mul", f"onnxqt.scaled:{name}", {}, [moved, constant], [product]))
 
 
 def _redirect(readers: list[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
@@ -138,19 +274,69 @@ def _redirect(readers: list[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
         node.inputs = [new if tensor is old else tensor for tensor in node.inputs]
 
 
+def units_of(plan: QuantPlan, values: Mapping[str, Array]) -> dict[str, Array]:
+    """The unit of each weight and bias: what a relative change is relative to.
+
+    For a weight, the root mean square of each output channel, at least a hundredth of that of the whole weight; it
+    broadcasts along the channel axis. A bias b takes those of its weight, r, times the root mean square of b / r if
+    that is above 1.
+
+    Args:
+        plan: which bias belongs to which weight.
+        values: of the weights and biases to be trained, by name.
+    """
+    units: dict[str, Array] = {}
+    for node in plan.integer_nodes:
+        if node.weight is None or node.weight.tensor not in values:
+            continue
+        weight = values[node.weight.tensor]
+        per_channel = _channel_sizes(weight, node.weight.axis)
+        units.setdefault(node.weight.tensor, along_axis(per_channel, node.weight.axis, weight.ndim))
+        if node.bias and node.bias in values and node.bias not in units:
+            units[node.bias] = _bias_unit(values[node.bias], per_channel)
+    rest = {name: value for name, value in values.items() if name not in units}
+    return {**units, **{name: _whole_size(value) for name, value in rest.items()}}
+
+
+def _channel_sizes(weight: Array, axis: int) -> FloatArray:
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    sizes = np.sqrt(np.mean(rows.astype(np.float64) ** 2, axis=1))
+    whole = np.sqrt(np.mean(sizes**2)) or 1.0
+    return np.asarray(np.maximum(sizes, 0.01 * whole), np.float32)
+
+
+def _whole_size(values: Array) -> FloatArray:
+    return np.asarray(np.sqrt(np.mean(values.astype(np.float64) ** 2)) or 1.0, np.float32)
+
+
+def _bias_unit(bias: Array, sizes: FloatArray) -> FloatArray:
+    if bias.size % sizes.size:
+        return _whole_size(bias)
+    unit = np.tile(sizes, bias.size // sizes.size).reshape(bias.shape)
+    spread = np.sqrt(np.mean((bias / unit).astype(np.float64) ** 2))
+    return np.asarray(unit * max(spread, 1.0), np.float32)
+
+
 def along_axis_shape(channels: int, axis: int, rank: int) -> list[int]:
     """Shape of per-channel values that broadcast along `axis`."""
     return [channels if i == axis else 1 for i in range(rank)]
 
 
-def feeds(plan: QuantPlan, shapes: Mapping[str, tuple[int, ...]], quantizers: Quantizers) -> dict[str, Array]:
-    """Values of the inputs of every quantizer; `shapes` are those of the weights."""
+def activation_feeds(activations: Mapping[str, QParams]) -> dict[str, Array]:
+    """Values of the inputs of the activations' quantizers."""
     values: dict[str, Array] = {}
-    for site in plan.activations:
-        values.update(_settings(site.tensor, quantizers.activations[site.tensor], ()))
-    for weight in plan.weights:
-        channels = shapes[weight.tensor][weight.axis]
-        values.update(_settings(weight.tensor, quantizers.weights[weight.tensor], (channels,)))
+    for tensor, params in activations.items():
+        values.update(_settings(tensor, params, ()))
+    return values
+
+
+def weight_feeds(
+    plan: QuantPlan, shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, QParams]
+) -> dict[str, Array]:
+    """Values of the inputs of the weights' quantizers; `shapes` are those of the weights."""
+    values: dict[str, Array] = {}
+    for site in plan.weights:
+        values.update(_settings(site.tensor, weights[site.tensor], (shapes[site.tensor][site.axis],)))
     return values
 
 

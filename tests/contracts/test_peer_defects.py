@@ -21,16 +21,18 @@ from peer_models import MODELS, STRUCTURES, PeerModel, samples, weight
 
 import onnxqt
 from onnxqt.calibrate import calibrate
+from onnxqt.candidates import Candidate
 from onnxqt.data import open_samples
 from onnxqt.errors import TrainingError
 from onnxqt.export import neutral_table
 from onnxqt.model import input_specs
 from onnxqt.numerics import Array
-from onnxqt.pipeline import CHECKPOINT, Candidate, Settings, scheme_file
+from onnxqt.pipeline import CHECKPOINT, Settings, scheme_file
 from onnxqt.pipeline import prepare as open_source
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme
+from onnxqt.trim import TrimSettings
 
 # 8 bits over a range of 2 x 4 sigma leave 41 dB for a tensor; a sum of ten such noises leaves 31.
 LEAST_SNR = 30.0
@@ -74,7 +76,7 @@ def outcome(name: str) -> Outcome:
     inputs = samples(case, original, FRESH, 3, free)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        settings = Settings(tuple(map(parse_scheme, SCHEMES)), steps=STEPS, batch_size=16)
+        settings = Settings(tuple(map(parse_scheme, SCHEMES)), TrimSettings(steps=STEPS, batch_size=16))
         run_pipeline(case, save(original, folder), (data, judged), settings)
         files = {("written", scheme): onnx.load(folder / "out" / scheme_file(scheme)) for scheme in SCHEMES}
         checkpoint = onnx.load(folder / "out" / CHECKPOINT)
@@ -96,7 +98,7 @@ def run_pipeline(
     except TrainingError as error:
         if not case.untrained or case.untrained not in str(error):
             raise
-        onnxqt.trim(file, *data, out=out, settings=Settings(settings.schemes, steps=0))
+        onnxqt.trim(file, *data, out=out, settings=Settings(settings.schemes, TrimSettings(steps=0)))
 
 
 def parts_of(case: PeerModel, answers: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:

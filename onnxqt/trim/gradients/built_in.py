@@ -25,12 +25,6 @@ class BuiltIn:
 AS_IT_IS = BuiltIn()
 
 
-def _clip(call: Call) -> BuiltIn:
-    if any(bound is not None and bound.trained for bound in call.inputs[1:]):
-        raise NoGradientError("has computed bounds")
-    return AS_IT_IS
-
-
 def _conv(call: Call) -> BuiltIn:
     """The gradient ignores `auto_pad`, so the pads are written out; that of grouped 3-D weights is zero."""
     weight = call.inputs[1]
@@ -137,7 +131,6 @@ def _where(call: Call) -> BuiltIn:
 
 # Operators that are not named here have a gradient that is right wherever `ops` calls it native.
 BUILT_IN: Mapping[str, Callable[[Call], BuiltIn]] = {
-    "Clip": _clip,
     "Conv": _conv,
     "LayerNormalization": _layer_normalization,
     "MatMul": _mat_mul,

@@ -28,15 +28,15 @@ def _with_attributes(derivative: str, **defaults: float) -> Rule:
 
 _PIECEWISE = {
     "HardSigmoid": _with_attributes(
-        """above = Greater(y0, zero) below = Less(y0, one) inside = And(above, below)
-        slope = Where(inside, alpha, zero)""",
+        """rest = Sub(one, y0) bend = Mul(y0, rest) inside = HardSigmoid<alpha = 3e38, beta = 0.0>(bend)
+        slope = Mul(inside, alpha)""",
         alpha=0.2,
     ),
     "HardSwish": _unary(
-        """third = Div(x0, three) line = Add(third, half) size = Abs(x0) bent = Less(size, three)
-        above = Greater(x0, three) flat = Where(above, one, zero) slope = Where(bent, line, flat)""",
-        three=3.0,
-        half=0.5,
+        """gate = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x0) rest = Sub(one, gate) bend = Mul(gate, rest)
+        inside = HardSigmoid<alpha = 3e38, beta = 0.0>(bend) part = Mul(x0, inside) sixth_part = Mul(part, sixth)
+        slope = Add(gate, sixth_part)""",
+        sixth=1 / 6,
     ),
     "Shrink": _with_attributes("size = Abs(x0) kept = Greater(size, lambd) slope = Where(kept, one, zero)", lambd=0.5),
     "ThresholdedRelu": _with_attributes("kept = Greater(x0, alpha) slope = Where(kept, one, zero)", alpha=1.0),

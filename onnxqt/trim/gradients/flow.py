@@ -4,6 +4,7 @@ From the weights on, the gradient passes a node where onnxruntime-training has i
 Where it cannot pass, what lies before is not trained through that node, and what lies behind trains on.
 """
 
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from onnxqt.model import Model, Node
 from onnxqt.ops import Gradient, lookup
 from onnxqt.trim.gradients.built_in import BUILT_IN, BuiltIn
 from onnxqt.trim.gradients.elementwise import RULES as ELEMENTWISE
+from onnxqt.trim.gradients.faster import FASTER
 from onnxqt.trim.gradients.indexing import RULES as INDEXING
 from onnxqt.trim.gradients.matrices import RULES as MATRICES
 from onnxqt.trim.gradients.normalization import RULES as NORMALIZATION
@@ -162,6 +164,9 @@ def _gradient(node: Node, call: Call) -> BuiltIn | Vjp:
     row = lookup(node.op_type, node.domain)
     if row.gradient in (Gradient.STOPPED, Gradient.NOT_NEEDED):
         raise NoGradientError(row.reason)
+    if node.op_type in FASTER:
+        with contextlib.suppress(NoGradientError):
+            return FASTER[node.op_type](call)
     if row.gradient is Gradient.NATIVE:
         return BUILT_IN.get(node.op_type, _as_it_is)(call)
     rule = RULES[node.op_type]

@@ -79,17 +79,18 @@ def _stop_operand(node: gs.Node, position: int) -> Iterator[gs.Node]:
     x = node.inputs[position]
     stopped = gs.Variable(f"onnxqt.stopped_{position}:{node.name}", x.dtype, x.shape)
     node.inputs[position] = stopped
-    return _through_sequence(x, stopped)
+    return through_sequence(x, stopped)
 
 
 def _stop_output(node: gs.Node, position: int) -> Iterator[gs.Node]:
     y = node.outputs[position]
     passed = gs.Variable(f"onnxqt.passed:{y.name}", y.dtype, y.shape)
     node.outputs[position] = passed
-    return _through_sequence(passed, y)
+    return through_sequence(passed, y)
 
 
-def _through_sequence(source: gs.Tensor, target: gs.Variable) -> Iterator[gs.Node]:
+def through_sequence(source: gs.Tensor, target: gs.Variable) -> Iterator[gs.Node]:
+    """Nodes that make `target` a copy of `source` which no gradient passes."""
     name = target.name
     sequence = gs.Variable(f"onnxqt.sequence:{name}")
     first = gs.Constant(f"onnxqt.first:{name}", np.array(0, np.int64))
@@ -144,7 +145,9 @@ def _function(
     name: str, opset: int, nodes: list[onnx.NodeProto], operands: tuple[list[str], list[str]]
 ) -> onnx.FunctionProto:
     inputs, outputs = ([operand for operand in side if operand] for side in operands)
-    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, [helper.make_opsetid("", opset)])
+    return helper.make_function(
+        DOMAIN, name, inputs, outputs, nodes, [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    )
 
 
 def _operands(inputs: list[str], outputs: list[str]) -> dict[str, str]:

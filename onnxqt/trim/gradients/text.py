@@ -14,7 +14,7 @@ DOMAIN = "onnxqt"
 
 def parse(body: str, opset: int) -> list[onnx.NodeProto]:
     """The nodes of a rule's text."""
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\nrule () => () {{\n{body}\n}}'
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1]>\nrule () => () {{\n{body}\n}}'
     return list(onnx.parser.parse_function(text).node)
 
 

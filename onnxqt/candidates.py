@@ -1,0 +1,62 @@
+"""Float weights that a run may make its files of, and which of them to start from."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from onnxqt.calibrate import Quantizers, RangeMethod, RangeTable, make_quantizers
+from onnxqt.data import Batch
+from onnxqt.export import quantized_model
+from onnxqt.metrics import Tally
+from onnxqt.model import Model
+from onnxqt.plan import QuantPlan
+from onnxqt.runtime import Session
+from onnxqt.schemes import Scheme
+
+Origin = Literal["original", "equalized", "checkpoint"]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Float weights with the activation ranges that go with them.
+
+    Attributes:
+        model: the weights.
+        ranges: of its activations.
+        origin: where the weights come from.
+    """
+
+    model: Model
+    ranges: RangeTable
+    origin: Origin = "original"
+
+    def quantizers(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> Quantizers:
+        """The parameters of every quantizer under a scheme."""
+        return make_quantizers(self.model, plan, self.ranges, scheme, method)
+
+    def quantized(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> onnx.ModelProto:
+        """The QDQ model under a scheme."""
+        return quantized_model(self.model, plan, self.quantizers(plan, scheme, method))
+
+
+def mean_error(
+    candidate: Candidate, plan: QuantPlan, schemes: Sequence[Scheme], method: RangeMethod, batches: Iterable[Batch]
+) -> float:
+    """How far the outputs of a candidate's quantized files are from its float outputs, in decibels; lower is better.
+
+    error = mean over schemes of  10 log10(sum((y - y_float)^2) / sum(y_float^2))    (the first float output)
+    """
+    output = next(name for name in candidate.model.graph.outputs if candidate.model.graph.is_float(name))
+    reference = Session(candidate.model.proto)
+    held = [(batch, reference.run(batch.inputs)[output]) for batch in batches]
+    errors = []
+    for scheme in schemes:
+        session, tally = Session(candidate.quantized(plan, scheme, method)), Tally()
+        for batch, expected in held:
+            tally.add(batch.real(session.run(batch.inputs)[output]), batch.real(expected))
+        ratio = tally.squared_error / max(tally.reference_power, 1e-30)
+        errors.append(10 * np.log10(max(ratio, 1e-30)))
+    return float(np.mean(errors))

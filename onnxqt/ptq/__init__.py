@@ -1,0 +1,26 @@
+"""Post-training quantization without training: equalization, learned rounding, bias correction."""
+
+from onnxqt.ptq.bias import Corrected, correct_biases
+from onnxqt.ptq.equalize import Equalized, Pair, equalize, find_pairs
+from onnxqt.ptq.improve import STEPS, Improved, PtqSettings, Step, improve
+from onnxqt.ptq.layers import Quantized
+from onnxqt.ptq.rounding import LayerError, Rounded, RoundingSettings, round_weights
+
+__all__ = [
+    "STEPS",
+    "Corrected",
+    "Equalized",
+    "Improved",
+    "LayerError",
+    "Pair",
+    "PtqSettings",
+    "Quantized",
+    "Rounded",
+    "RoundingSettings",
+    "Step",
+    "correct_biases",
+    "equalize",
+    "find_pairs",
+    "improve",
+    "round_weights",
+]
