@@ -103,9 +103,9 @@ def test_settings_training_and_environment(short_run: Run) -> None:
     report = short_run.report
     settings, training = report["settings"], report["training"]
     assert settings == {**settings, "schemes": list(RUN_SCHEMES), "robust_to": [], "ranges": "mse"}
-    asked_for = {"steps": RUN_STEPS, "batch_size": 64, "learning_rate": 2e-3, "seed": 0, "prune": "tensor"}
+    asked_for = {"steps": RUN_STEPS, "batch_size": 64, "learning_rate": 1.5e-3, "seed": 0, "prune": "tensor"}
     assert settings["training"] == {**settings["training"], **asked_for}
-    assert (training["optimizer"], training["learning_rate"]) == ("adamw", 2e-3)
+    assert (training["optimizer"], training["learning_rate"]) == ("adamw", 1.5e-3)
     assert training["losses"]["weights"] == {"distill": 1.0}  # the fixture's calibration samples have no labels
     assert training["regimes"] == [*RUN_SCHEMES, "float"]
     assert training["curves"]["step"] == list(range(RUN_STEPS))

@@ -167,7 +167,7 @@ def told(report: Report, monkeypatch: pytest.MonkeyPatch, digits: Digits, *optio
 
 def test_terminal_tells_the_schedule_and_the_tails(torch_digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     report = build_report(findings(torch_digits, steps(STEPS)))
-    out, lines = told(report, monkeypatch, torch_digits, "--warmup", 0.2, "--knee", 0.25)
+    out, lines = told(report, monkeypatch, torch_digits, "--warmup", 0.2, "--bend", 0.4, "--full", 0.7, "--knee", 0.25)
     assert lines == [
         "schedule: float until 200, quartic to 400 (lambda 0.25), quadratic to 700 (lambda 1), hold to 1000",
         "reverse pruning acted on 2 of 3 weights: the longest tail (max|W| / 0.999 quantile), of 'b', "
@@ -181,7 +181,7 @@ def test_terminal_tells_that_training_was_stopped(torch_digits: Digits, monkeypa
     found = findings(torch_digits, steps(20))
     report = build_report(replace(found, trimmed=replace(found.trimmed, stopped=True)))
     _, lines = told(report, monkeypatch, torch_digits, "--prune", "none")
-    assert lines[1:] == ["training was stopped after 20 of 2000 steps"]
+    assert lines[1:] == ["training was stopped after 20 of 1000 steps"]
 
 
 def test_terminal_names_no_picture_of_a_run_without_steps(

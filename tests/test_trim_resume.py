@@ -180,7 +180,7 @@ CHANGES: Mapping[str, Any] = {
     "optimizer": "sgd",
     "learning_rate": 0.01,
     "seed": 3,
-    "average": 0.2,
+    "average": 0.15,
     "prune": "none",
     "balance": 0.25,
     "patience": 4,

@@ -99,8 +99,8 @@ def test_history_tells_every_step_and_evaluation(trimmed: Trimmed) -> None:
     assert (kinds[0], kinds[-1]) == ("start", "done")
     steps = events(trimmed, "step")
     assert [report["step"] for report in steps] == list(range(STEPS))
-    # Ten times in a run, once lambda is 1: from step 28 of 40 on.
-    assert [report["step"] for report in events(trimmed, "evaluate")] == [32, 36, 40]
+    # Ten times in a run, once lambda is 1: from step 10 of 40 on.
+    assert [report["step"] for report in events(trimmed, "evaluate")] == [12, 16, 20, 24, 28, 32, 36, 40]
     schedule = Schedule()
     assert [report["blend"] for report in steps] == [schedule.blend(step, STEPS) for step in range(STEPS)]
     rates = [schedule.learning_rate(step, STEPS, settings().peak_rate) for step in range(STEPS)]

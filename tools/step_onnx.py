@@ -17,8 +17,9 @@ from step_server import serve, take_report
 from onnxqt.trim import job as jobs
 from onnxqt.trim.observe import Observer
 from onnxqt.trim.quantizers import LOSS_SCALE, relative
+from onnxqt.trim.ranges import Ranges, blends
+from onnxqt.trim.task import load_task
 from onnxqt.trim.trainer import Trainer
-from onnxqt.trim.worker import Ranges, blends, load_task
 
 Jobs = dict[str, Callable[[], float]]
 

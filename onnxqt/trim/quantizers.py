@@ -31,6 +31,9 @@ QUANTIZED = "onnxqt.quantized:"  # prefix of a quantized tensor's name
 SAMPLE = 4096  # about as many values of each activation are given out in each step
 
 
+Feeds = dict[str, Array]  # values of inputs of the training graph
+
+
 class QuantizerInputs(NamedTuple):
     """Names of the graph inputs that set one quantizer."""
 
@@ -315,6 +318,11 @@ def _bias_unit(bias: Array, sizes: FloatArray) -> FloatArray:
     unit = np.tile(sizes, bias.size // sizes.size).reshape(bias.shape)
     spread = np.sqrt(np.mean((bias / unit).astype(np.float64) ** 2))
     return np.asarray(unit * max(spread, 1.0), np.float32)
+
+
+def number(value: float) -> Array:
+    """A scalar as the training graph takes it."""
+    return np.array(value, np.float32)
 
 
 def along_axis_shape(channels: int, axis: int, rank: int) -> list[int]:

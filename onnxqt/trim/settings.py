@@ -13,7 +13,7 @@ from onnxqt.trim.schedule import Schedule
 DEFAULT_RATES = {"adamw": 1.5e-3, "sgd": 1e-2}
 HELD_FRACTION = 0.1
 HELD_LIMIT = 512
-REFRESH_EVERY = 20
+REFRESH_EVERY = 40
 EVALUATIONS = 10
 OBSERVE_MEMORY = 0.99
 PRUNE_MEMORY = 0.8

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxqt.files import write_json
 from onnxqt.numerics import Array
 from onnxqt.trim import job as jobs
 
@@ -54,7 +53,9 @@ def save(
     for name in _BEST:
         if (folder / name).exists():
             shutil.copyfile(folder / name, new / name)
-    write_json(new / _PROGRESS, dict(progress))  # the last file: a state that has it is whole
+    part = new / f"{_PROGRESS}.part"
+    part.write_text(json.dumps(dict(progress)))
+    os.replace(part, new / _PROGRESS)  # the last file: a state that has it is whole
     shutil.rmtree(before, ignore_errors=True)
     if now.exists():
         os.replace(now, before)

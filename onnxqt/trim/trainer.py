@@ -123,7 +123,7 @@ class Trainer:
     def set_parameters(self, values: Mapping[str, Array]) -> None:
         """Put the parameters at other values."""
         for name, value in values.items():
-            self._state.parameters[name].data = value
+            self._state.parameters[name].data = np.asarray(value, np.float32)  # numpy makes scalars of 0-d arrays
 
     def gradients(self) -> dict[str, Array]:
         """The gradients accumulated since the last update."""

@@ -11,250 +11,26 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
-from onnxqt.calibrate import RangeTable, activation_params, weight_params
-from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
+from onnxqt.data import Batch
 from onnxqt.errors import OnnxqtError
 from onnxqt.files import write_model
-from onnxqt.model import Model, input_specs
-from onnxqt.numerics import Array, FloatArray, Grid, QParams
-from onnxqt.plan import QuantPlan, make_plan
-from onnxqt.runtime import Session, with_outputs
-from onnxqt.schemes import Grids
+from onnxqt.numerics import Array
 from onnxqt.trim import job as jobs
 from onnxqt.trim import state as states
-from onnxqt.trim.losses import least_loss, loss_feeds, measure_power, teacher_outputs
+from onnxqt.trim.losses import least_loss
 from onnxqt.trim.observe import Observer
-from onnxqt.trim.prune import UNCLIPPED, choose_quantiles, clip_at, largest
-from onnxqt.trim.quantizers import (
-    ACTIVATION_BLEND,
-    CENTRED,
-    LOSS_SCALE,
-    RUN_TIME,
-    WEIGHT_BLEND,
-    activation_feeds,
-    prune_feeds,
-    relative,
-    units_of,
-    weight_feeds,
-)
-from onnxqt.trim.regimes import CARRIER_BITS, Regime, balanced
+from onnxqt.trim.quantizers import LOSS_SCALE, Feeds, number, relative
+from onnxqt.trim.ranges import Ranges, blends
+from onnxqt.trim.regimes import balanced
+from onnxqt.trim.task import Task, Teacher, load_task
 from onnxqt.trim.trainer import Trainer
-
-_CACHE_LIMIT = 256 << 20  # bytes of the original model's outputs that are kept, by sample
-
-Feeds = dict[str, Array]
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything fixed during a run."""
-
-    job: jobs.Job
-    model: Model
-    plan: QuantPlan
-    specs: list[InputSpec]
-    training: Samples
-    held: Samples
-    ranges: RangeTable
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the quantized weights."""
-        return {site.tensor: tuple(self.model.graph.initializers[site.tensor].dims) for site in self.plan.weights}
-
-    @cached_property
-    def start(self) -> dict[str, Array]:
-        """The values of all quantized weights and all trained parameters before training."""
-        names = dict.fromkeys([*self.shapes, *self.job.parameters])
-        values = {name: self.model.graph.constant(name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @cached_property
-    def units(self) -> dict[str, Array]:
-        """What a relative parameter is multiplied by."""
-        return units_of(self.plan, {name: self.start[name] for name in self.job.parameters})
-
-    @property
-    def pads(self) -> bool:
-        """Whether batches are filled up to a fixed size."""
-        return fixed_batch(self.specs) is not None
-
-    def values(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
-        """All weights and biases at these relative parameters."""
-        moved = {name: parameters[relative(name)] * self.units[name] for name in self.job.parameters}
-        return {**self.start, **moved}
-
-
-def load_task(folder: Path) -> Task:
-    """Read a job and everything it names."""
-    job = jobs.read(folder)
-    model = Model(onnx.load(folder / jobs.START), "")
-    specs = input_specs(model)
-    training, held = open_samples(job.data, specs).split(job.held_fraction, job.held_limit)
-    return Task(job, model, make_plan(model, job.unbounded), specs, training, held, jobs.read_ranges(folder))
-
-
-class Teacher:
-    """The original model: what the loss compares with.
-
-    Its outputs are kept by sample where they are small, so that each sample passes through it once.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._terms = task.job.terms
-        self._names = teacher_outputs(self._terms)
-        self._session = (
-            Session(with_outputs(task.model.proto, self._names), outputs=list(self._names)) if self._names else None
-        )
-        held = task.held.batches(task.job.batch_size, task.pads)
-        self._power = measure_power(self._terms, (self._outputs(batch) for batch in held))
-        self._rows: dict[str, Array] = {}
-        self._row_of: dict[int, int] = {}
-        if task.job.steps * task.job.batch_size * task.job.accumulate > task.training.count and not task.pads:
-            self._remember(task)
-
-    def _remember(self, task: Task) -> None:
-        """Run all training samples in their order, so that what is kept does not depend on how batches are drawn."""
-        kept: list[Feeds] = []
-        index: list[int] = []
-        size = 0
-        for batch in task.training.batches(task.job.batch_size):
-            outputs = self._outputs(batch)
-            size += sum(output.nbytes for output in outputs.values())
-            rows = len(batch.index)
-            if size > _CACHE_LIMIT or any(not y.ndim or len(y) != rows for y in outputs.values()):
-                return
-            kept.append(outputs)
-            index += batch.index.tolist()
-        self._rows = {name: np.concatenate([outputs[name] for outputs in kept]) for name in self._names}
-        self._row_of = {sample: row for row, sample in enumerate(index)}
-
-    def _outputs(self, batch: Batch) -> Feeds:
-        return self._session.run(batch.inputs) if self._session else {}
-
-    def feeds(self, batch: Batch) -> Feeds:
-        """Inputs of the model and of the loss for a batch."""
-        rows = [self._row_of.get(sample, -1) for sample in batch.index.tolist()]
-        if min(rows) >= 0:
-            original = {name: values[rows] for name, values in self._rows.items()}
-        else:
-            original = self._outputs(batch)
-        return {**batch.inputs, **loss_feeds(self._terms, batch, original, self._power)}
-
-
-class Ranges:
-    """Where the grids of all regimes lie while the network moves: weights, their clips, and activations."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._plan = task.plan
-        grids = [regime.grids for regime in task.job.regimes if regime.rounds_weights]
-        coarsest = {
-            per_channel: min(found, key=lambda grid: grid.bits)
-            for per_channel in (False, True)
-            if (found := [g.weight for g in grids if g.per_channel is per_channel])
-        }
-        trained = {name: task.start[name] for name in task.shapes}
-        chosen = choose_quantiles(task.plan, trained, coarsest, task.job.prune)
-        moving = set(task.job.parameters)
-        self._quantiles = {name: found if name in moving else UNCLIPPED for name, found in chosen.items()}
-        self._largest = {
-            site.tensor: largest(trained[site.tensor], site.axis, self._quantiles[site.tensor])
-            for site in task.plan.weights
-        }
-        self.clips: dict[str, FloatArray] = {
-            name: np.asarray(np.where(self._quantiles[name].share < 1, size, np.inf), np.float32)
-            for name, size in self._largest.items()
-        }
-        self.activations: list[dict[str, QParams]] = []
-        self.follow(task.ranges)
-        self.settings = self.settings_at(task.start)
-
-    def follow(self, ranges: RangeTable) -> None:
-        """Lay the activations' grids over new ranges."""
-        regimes = self._task.job.regimes
-        self.activations = [
-            activation_params(self._plan, ranges, _carried(regime.grids), regime.ranges) for regime in regimes
-        ]
-
-    @property
-    def kept(self) -> float:
-        """Mean over the weights of how much of the largest value at the start the clip keeps, in (0, 1]."""
-        shares = [
-            np.minimum(clip / np.maximum(self._largest[name], np.finfo(np.float32).tiny), 1).mean()
-            for name, clip in self.clips.items()
-        ]
-        return float(np.mean(shares)) if shares else 1.0
-
-    def refresh(self, values: Mapping[str, Array], follow_clips: bool) -> None:
-        """Follow the weights: move each clip towards its quantile, if it still may, then lay every grid anew."""
-        memory = np.float32(self._task.job.prune_memory)
-        for site in self._plan.weights if follow_clips else ():
-            new = clip_at(values[site.tensor], site.axis, self._quantiles[site.tensor])
-            moved = memory * self.clips[site.tensor] + (1 - memory) * new
-            self.clips[site.tensor] = np.asarray(moved, np.float32)
-        self.settings = self.settings_at(values)
-
-    def settings_at(self, values: Mapping[str, Array]) -> list[Feeds]:
-        """The inputs of all quantizers under each regime, with weights of these values."""
-        task, plan = self._task, self._plan
-        pruned = self.folded({name: values[name] for name in task.shapes})
-        taus = prune_feeds(plan, task.shapes, self.clips)
-        known: dict[tuple[object, ...], Feeds] = {}
-        settings = []
-        for regime, activations in zip(task.job.regimes, self.activations, strict=True):
-            grids = _carried(regime.grids)
-            key = (grids.weight, grids.weight_placement, grids.per_channel, grids.search_clip)
-            if key not in known:
-                known[key] = weight_feeds(plan, task.shapes, weight_params(plan, pruned.__getitem__, grids))
-            settings.append({**activation_feeds(activations), **known[key], **taus, **_run_time(regime)})
-        return settings
-
-    def folded(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Weights as ReversePrune passes them on; biases as they are."""
-        taus = prune_feeds(self._plan, self._task.shapes, self.clips)
-        limits = dict(zip((site.tensor for site in self._plan.weights), taus.values(), strict=True))
-        return {
-            name: np.clip(value, -limits[name], limits[name]) if name in limits else value
-            for name, value in values.items()
-        }
-
-
-def _carried(grids: Grids) -> Grids:
-    """The grids as the training graph can hold them; wider ones are not used, see `blends`."""
-
-    def narrowed(grid: Grid) -> Grid:
-        return grid if grid.bits <= CARRIER_BITS else replace(grid, bits=CARRIER_BITS)
-
-    return replace(
-        grids,
-        weight=narrowed(grids.weight),
-        activation=narrowed(grids.activation),
-        io=narrowed(grids.io),
-        fixed_outputs=grids.fixed_outputs if grids.activation.bits <= CARRIER_BITS else {},
-    )
-
-
-def _run_time(regime: Regime) -> Feeds:
-    centred = regime.grids.activation_placement.symmetric
-    return {RUN_TIME: _number(regime.dynamic), CENTRED: _number(centred)}
-
-
-def blends(regime: Regime, value: float) -> Feeds:
-    """Lambda of weights and activations; what a regime does not round stays at 0."""
-    return {
-        WEIGHT_BLEND: _number(value * regime.rounds_weights),
-        ACTIVATION_BLEND: _number(value * regime.rounds_activations),
-    }
 
 
 class HeldOut:
@@ -272,7 +48,7 @@ class HeldOut:
         """Loss of each regime on the grid (lambda = 1), float64 (regimes,)."""
         rows = [
             [
-                trainer.evaluate({**feeds, **grids, **blends(regime, 1.0), LOSS_SCALE: _number(1)})
+                trainer.evaluate({**feeds, **grids, **blends(regime, 1.0), LOSS_SCALE: number(1)})
                 for feeds in self._batches
             ]
             for regime, grids in zip(self._task.job.regimes, settings, strict=True)
@@ -373,16 +149,17 @@ class Run:
 
     def _update(self, step: int, blend: float, batches: list[Batch]) -> None:
         job = self._job
-        number = int(np.random.default_rng([job.seed, step]).integers(len(job.regimes)))
-        regime, settings = job.regimes[number], {**self._ranges.settings[number], **blends(job.regimes[number], blend)}
+        drawn = int(np.random.default_rng([job.seed, step]).integers(len(job.regimes)))
+        regime, scale = job.regimes[drawn], self._scales[drawn]
+        settings = {**self._ranges.settings[drawn], **blends(regime, blend), LOSS_SCALE: number(scale)}
         rate = job.schedule.learning_rate(step, job.steps, job.learning_rate)
         losses, taken = [], 0.0
         for batch in batches:
-            feeds = {**self._teacher.feeds(batch), **settings, LOSS_SCALE: _number(float(self._scales[number]))}
+            feeds = {**self._teacher.feeds(batch), **settings}
             before = time.perf_counter()
             loss, given_out = self._trainer.accumulate(feeds)
             taken += time.perf_counter() - before
-            losses.append(loss / float(self._scales[number]))
+            losses.append(loss / float(scale))
             if blend < 1:
                 self._observer.update(given_out)
         loss = float(np.mean(losses))
@@ -487,10 +264,6 @@ def run(folder: Path, report: TextIO) -> None:
     except _DivergedError as error:
         _send(report, event="diverged", message=str(error))
     _send(report, event="done")
-
-
-def _number(value: float) -> Array:
-    return np.array(value, np.float32)
 
 
 def _send(report: TextIO, **message: Any) -> None:
