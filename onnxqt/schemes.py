@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from onnxqt.errors import UsageError
 from onnxqt.numerics import Grid
 
-_NAME = re.compile(r"w([2-8])a([48])-(sym|asym)-(pt|pc)")
+SCHEME_NAME = re.compile(r"w([2-8])a([48])-(sym|asym)-(pt|pc)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def parse_scheme(name: str) -> Scheme:
     Raises:
         UsageError: if `name` is not of the form `w{2..8}a{4,8}-{sym,asym}-{pt,pc}`.
     """
-    match = _NAME.fullmatch(name)
+    match = SCHEME_NAME.fullmatch(name)
     if match is None:
         raise UsageError(
             f"unknown scheme '{name}': expected w{{2..8}}a{{4,8}}-{{sym,asym}}-{{pt,pc}}, such as w4a8-sym-pc"

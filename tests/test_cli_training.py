@@ -155,7 +155,7 @@ def test_own_schemes_have_the_ranges_that_are_asked_for(ranges: str, recorder: R
     ("name", "message"),
     [
         ("nnie_log", "--robust-to nnie_log: training cannot round to its logarithmic levels: name another back end"),
-        ("w9a8-sym-pc", "unknown scheme 'w9a8-sym-pc': expected"),
+        ("w9a8-sym-pc", "--robust-to w9a8-sym-pc is neither a scheme, such as w4a8-sym-pc, nor a back end"),
         ("no.toml", r"no\.toml"),
     ],
 )

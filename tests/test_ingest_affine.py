@@ -135,7 +135,7 @@ def test_batch_norm_that_two_read_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "bias", "op"), itertools.product((1, 2), (True, False), ("Mul", "Div", "Add", "Sub"))
+    ("groups", "bias", "op"), list(itertools.product((1, 2), (True, False), ("Mul", "Div", "Add", "Sub")))
 )
 def test_transposed_convolutions(groups: int, bias: bool, op: str) -> None:
     channels = 3 * groups

@@ -9,8 +9,9 @@ import click
 from onnxqt.calibrate import RangeMethod
 from onnxqt.cli.options import MODEL, Command, profile_named
 from onnxqt.compiler import profile_regimes
+from onnxqt.errors import UsageError
 from onnxqt.profiles import PROFILES
-from onnxqt.schemes import parse_scheme
+from onnxqt.schemes import SCHEME_NAME, parse_scheme
 from onnxqt.trim import Regime, TrimSettings, scheme_regime
 from onnxqt.trim.job import OPTIMIZERS
 from onnxqt.trim.losses import Losses, parse_losses
@@ -105,6 +106,11 @@ def regimes_named(names: Sequence[str], ranges: RangeMethod) -> tuple[Regime, ..
     for name in names:
         if name in PROFILES or name.endswith(".toml") or Path(name).is_file():
             found += profile_regimes(profile_named(name))
-        else:
+        elif SCHEME_NAME.fullmatch(name):
             found.append(scheme_regime(parse_scheme(name), ranges))
+        else:
+            raise UsageError(
+                f"--robust-to {name} is neither a scheme, such as w4a8-sym-pc, nor a back end (`onnxqt profiles` lists "
+                "them), nor a profile file"
+            )
     return tuple(found)
