@@ -3,10 +3,11 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from onnxqt.candidates import Origin
 from onnxqt.evaluate import FileResult, Tallies
 from onnxqt.metrics import Tally
 from onnxqt.model import Model
@@ -41,7 +42,7 @@ class SchemeResult:
 
     ptq: Tallies
     checkpoint: Tallies
-    weights: Literal["original", "equalized", "checkpoint"]
+    weights: Origin
     file: FileResult
     verdict: Verdict
     baseline: Tallies | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bench_samples import write_samples
 from conftest import Digits
 
 from onnxqt.calibrate import calibrate, make_quantizers
@@ -41,13 +42,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def data(torch_digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("samples")
-    for part, count in (("calib", CALIBRATED), ("eval", JUDGED)):
-        with np.load(torch_digits.folder / part / "000.npz") as file:
-            arrays: dict[str, Any] = {name: file[name][:count] for name in file.files}
-        (root / part).mkdir()
-        np.savez(root / part / "samples.npz", **arrays)
-    return root
+    counts = {"calib": CALIBRATED, "eval": JUDGED}
+    return write_samples(torch_digits.folder, tmp_path_factory.mktemp("samples"), counts)
 
 
 def right(model: onnx.ModelProto | Path, data: Path) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bench_samples import write_samples
 from conftest import Digits
 from onnx import numpy_helper
 
@@ -54,13 +55,8 @@ def scheme_tool(tool: ModuleType) -> ModuleType:
 @pytest.fixture(scope="session")
 def data(torch_digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few samples of the fixture, as the tools want them."""
-    root = tmp_path_factory.mktemp("samples")
-    for part, count in (("calib", CALIBRATED), ("eval", JUDGED)):
-        with np.load(torch_digits.folder / part / "000.npz") as file:
-            arrays: dict[str, Any] = {name: file[name][:count] for name in file.files}
-        (root / part).mkdir()
-        np.savez(root / part / "samples.npz", **arrays)
-    return root
+    counts = {"calib": CALIBRATED, "eval": JUDGED}
+    return write_samples(torch_digits.folder, tmp_path_factory.mktemp("samples"), counts)
 
 
 def batches(data: Path) -> Iterator[tuple[dict[str, Array], Array]]:

@@ -25,7 +25,7 @@ from onnxqt.calibrate import RangeTable
 from onnxqt.data import InputSpec, has_classes
 from onnxqt.errors import TrainingError
 from onnxqt.model import Model, editable, finish
-from onnxqt.numerics import Grid
+from onnxqt.numerics import Grid, along_axis
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
 from onnxqt.schemes import Grids, Placement
@@ -395,7 +395,7 @@ def _tails(before: Model, after: Model, plan: QuantPlan, folder: Path) -> dict[s
         old, new = (model.graph.constant(site.tensor) for model in (before, after))
         if old is not None and new is not None:
             clip = clips.get(site.tensor)
-            if clip is not None and clip.ndim:
-                clip = clip.reshape([-1 if i == site.axis else 1 for i in range(old.ndim)])
+            if clip is not None:
+                clip = along_axis(clip, site.axis if clip.ndim else None, old.ndim)
             found[site.tensor] = (tails(old, clip), tails(new))
     return found

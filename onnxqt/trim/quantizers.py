@@ -25,11 +25,10 @@ from onnxqt.trim.gradients import DOMAIN, through_sequence
 WEIGHT_BLEND = "onnxqt.lambda:weights"
 ACTIVATION_BLEND = "onnxqt.lambda:activations"
 RUN_TIME = "onnxqt.run_time"  # 1 if the activations' scales follow from the batch, else 0
-LOSS_SCALE = "onnxqt.loss_scale"
 CENTRED = "onnxqt.centred"  # 1 if those scales are symmetric about zero, else 0
+LOSS_SCALE = "onnxqt.loss_scale"
 QUANTIZED = "onnxqt.quantized:"  # prefix of a quantized tensor's name
 SAMPLE = 4096  # about as many values of each activation are given out in each step
-
 
 Feeds = dict[str, Array]  # values of inputs of the training graph
 
