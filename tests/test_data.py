@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sample_files import F32, I32, I64, IDS, X, numbered, numbers, same, write_npz, write_shards
 
-from onnxqt import data
 from onnxqt.data import InputSpec, check_labels, fixed_batch, has_batch_axis, open_samples
+from onnxqt.data import samples as stream
 from onnxqt.errors import DataError, UsageError
 from onnxqt.numerics import Array
 
@@ -127,6 +127,44 @@ def test_model_input_called_labels_is_an_input(tmp_path: Path) -> None:
     assert not samples.has_labels
     assert batch.labels is None
     assert np.array_equal(batch.inputs["labels"], numbered(0, 2))
+
+
+@pytest.mark.parametrize("name", ["arr_0", "image"])
+def test_an_array_of_another_name_that_alone_fits(tmp_path: Path, name: str) -> None:
+    arrays = {name: numbered(0, 3), "ids": np.arange(12).reshape(3, 4), "labels": np.arange(3)}
+    (batch,) = open_samples(write_npz(tmp_path / "a.npz", **arrays), [X, IDS]).batches(9)
+    assert set(batch.inputs) == {"x", "ids"}
+    np.testing.assert_array_equal(batch.inputs["x"], arrays[name], strict=True)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [0, 1, 2]
+
+
+def test_names_go_before_shapes() -> None:
+    """Both arrays fit both inputs; each goes where its name says, though the order is the other way round."""
+    specs = [InputSpec("a", F32, (None, 2)), InputSpec("b", F32, (None, 2))]
+    (batch,) = open_samples({"b": np.ones((3, 2)), "a": np.zeros((3, 2))}, specs).batches(3)
+    assert batch.inputs["a"].max() == 0
+    assert batch.inputs["b"].min() == 1
+
+
+def test_a_npy_file_per_input(tmp_path: Path) -> None:
+    spec = InputSpec("ids/0:1", I64, (None, 4))
+    np.save(tmp_path / "x.npy", numbered(0, 5))
+    np.save(tmp_path / "ids_0_1.npy", np.arange(20).reshape(5, 4))
+    np.save(tmp_path / "labels.npy", np.arange(5))
+    samples = open_samples(tmp_path, [X, spec])
+    assert (samples.count, samples.has_labels) == (5, True)
+    for batch in islice(samples.shuffled(2, seed=0), 4):
+        assert batch.labels is not None
+        assert batch.labels.tolist() == numbers(batch)
+        np.testing.assert_array_equal(batch.inputs[spec.name], batch.labels[:, None] * 4 + np.arange(4), strict=True)
+
+
+def test_a_npy_file_of_another_name_holds_samples(tmp_path: Path) -> None:
+    """`x.npy` beside `y.npy`: these are two files of samples of the only input, as `y` is not another one."""
+    np.save(tmp_path / "x.npy", numbered(0, 2))
+    np.save(tmp_path / "y.npy", numbered(2, 3))
+    assert open_samples(tmp_path, [X]).count == 5
 
 
 def test_other_entries_are_passed_over_and_links_followed(tmp_path: Path) -> None:
@@ -281,7 +319,7 @@ def test_shuffled_epochs_cover_every_sample_once(tmp_path: Path) -> None:
 def test_windows_keep_coverage_and_batches_cross_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    monkeypatch.setattr(data, "WINDOW_LIMIT", window)
+    monkeypatch.setattr(stream, "WINDOW_LIMIT", window)
     samples = open_samples(write_shards(tmp_path, [2, 3, 1, 4, 2]), [X])
     order = [number for batch in islice(samples.shuffled(4, seed=0), 3) for number in numbers(batch)]
     assert sorted(order) == list(range(12))
@@ -291,7 +329,7 @@ def test_shuffled_holds_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_shards(tmp_path, [])
     for shard in range(16):
         write_npz(tmp_path / f"{shard}.npz", x=np.zeros((8, 1 << 15), np.float32))  # 1 MiB
-    monkeypatch.setattr(data, "WINDOW_LIMIT", 2 << 20)
+    monkeypatch.setattr(stream, "WINDOW_LIMIT", 2 << 20)
     samples = open_samples(tmp_path, [InputSpec("x", F32, (None, 1 << 15))])
     tracemalloc.start()
     for _ in islice(samples.shuffled(4, seed=0), 40):
@@ -301,9 +339,25 @@ def test_shuffled_holds_one_window(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert peak < 8 << 20  # the window, what is read, two batches; all shards would be 16 MiB
 
 
+def test_shuffled_leaves_a_large_npy_file_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.zeros((512, 1 << 14), np.float32)  # 32 MiB
+    x[:, 0] = np.arange(512)
+    np.save(tmp_path / "x.npy", x)
+    samples = open_samples(tmp_path, [InputSpec("x", F32, (None, 1 << 14))])
+    whole = [batch.inputs["x"][:, 0].tolist() for batch in islice(samples.shuffled(8, seed=3), 64)]
+    monkeypatch.setattr(stream, "WINDOW_LIMIT", 1 << 20)
+    tracemalloc.start()
+    parts = [batch.inputs["x"][:, 0].tolist() for batch in islice(samples.shuffled(8, seed=3), 64)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert parts == whole
+    assert sorted(number for part in parts for number in part) == list(range(512))
+    assert peak < 8 << 20  # two batches of 512 KiB and what is read
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_shuffled_is_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool) -> None:
-    monkeypatch.setattr(data, "WINDOW_LIMIT", 6 * 24)
+    monkeypatch.setattr(stream, "WINDOW_LIMIT", 6 * 24)
     source: Path | Mapping[str, Array] = write_shards(tmp_path, [5, 1, 7, 3])
     if memory:
         source = {"x": numbered(0, 16)}
@@ -317,7 +371,7 @@ def test_shuffled_is_deterministic_and_resumable(tmp_path: Path, monkeypatch: py
 
 def test_skipping_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = open_samples(write_shards(tmp_path, [4] * 8), [X])
-    monkeypatch.setattr(data, "WINDOW_LIMIT", 1)
+    monkeypatch.setattr(stream, "WINDOW_LIMIT", 1)
     opened: list[str] = []
     zip_file = zipfile.ZipFile
 

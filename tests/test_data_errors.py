@@ -42,7 +42,9 @@ def test_source_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_directory_without_samples(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no \.npz or \.npy file directly in it; save some"):
+    with pytest.raises(
+        DataError, match=r"has no \.npz or \.npy file directly in it, and no \.csv .* test_data_set folders; save some"
+    ):
         open_samples(tmp_path, [X])
 
 
@@ -59,18 +61,29 @@ def test_dangling_link(tmp_path: Path) -> None:
         open_samples(tmp_path, [X])
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.csv", "a.png", "cat/a.png", "input_0.pb"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pipes_are_not_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is not a file \(a dangling link\?\); remove it"):
+        open_samples(tmp_path, [X])
+
+
 def test_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"cannot be read \(.*Permission denied.*\); check it"):
         open_samples(tmp_path, [X])
 
 
 def test_npy_for_several_inputs(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", numbered(0, 1))
-    with pytest.raises(DataError, match=r"a\.npy holds one array, .* inputs \['x', 'ids'\]; save \.npz files"):
+    with pytest.raises(
+        DataError, match=r"a \.npy file holds one array, .* inputs \['x', 'ids'\], and there is a\.npy; save"
+    ):
         open_samples(tmp_path, [X, IDS])
 
 
@@ -81,12 +94,16 @@ ONES = np.ones((2, 3, 2), np.float32)
     ("arrays", "message"),
     [
         (
-            {"arr_0": ONES},
-            r"no array for the model's input 'x': it has \['arr_0'\], the model wants \['x'\]; name",
+            {"arr_0": ONES[:, 0]},
+            r"no array .* 'x': it has 'arr_0' float32 \(2, 2\), the model wants 'x' float32 \(samples, 3, 2\); name",
+        ),
+        (
+            {"p": ONES, "q": ONES},
+            r"no array for the model's input 'x': it has 'p' float32 .*, 'q' float32 .*, the model wants 'x'",
         ),
         (
             {"x": ONES, "y": ONES},
-            r"array 'y' is no input .* it has \['x', 'y'\], .* \['x'\]; remove or rename it",
+            r"array 'y' is no input .* it has 'x' .*, 'y' float32 \(2, 3, 2\), .* wants 'x' .*; remove or rename it",
         ),
         (
             {"x": ONES[0]},
@@ -421,3 +438,40 @@ def test_require() -> None:
     require(samples, 2, "calibration")
     with pytest.raises(DataError, match="in memory: the number of samples is 2, but calibration needs 3; add"):
         require(samples, 3, "calibration")
+
+
+# Names and shapes
+
+
+def test_arrays_that_could_be_either_input() -> None:
+    specs = [InputSpec("a", F32, (None, 2)), InputSpec("b", F32, (None, 2))]
+    message = r"no array for the model's input 'a': it has 'p' float64 \(3, 2\), 'q' .*, the model wants 'a' .*, 'b'"
+    with pytest.raises(DataError, match=message):
+        open_samples({"p": np.ones((3, 2)), "q": np.ones((3, 2))}, specs)
+
+
+def test_one_array_for_two_inputs() -> None:
+    specs = [InputSpec("a", F32, (None, 2)), InputSpec("b", F32, (None, 2))]
+    with pytest.raises(DataError, match=r"no array for the model's input 'a': it has 'p' float64 \(3, 2\), the model"):
+        open_samples({"p": np.ones((3, 2))}, specs)
+
+
+def test_many_arrays_are_not_all_listed() -> None:
+    with pytest.raises(DataError, match=r"it has 'a0' .* and 88 more, the model wants 'x'") as error:
+        open_samples({f"a{number}": ONES for number in range(100)}, [X])
+    assert len(str(error.value)) < 1000
+
+
+def test_both_npy_and_table(tmp_path: Path) -> None:
+    """Numpy files count, as always; what lies beside them is passed over."""
+    np.save(tmp_path / "a.npy", ONES)
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "picture.png").write_bytes(b"")
+    assert open_samples(tmp_path, [X]).count == 2
+
+
+def test_both_tables_and_images(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "cat.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has both \.csv and image files: labels\.csv, cat\.png; keep one kind"):
+        open_samples(tmp_path, [X])
