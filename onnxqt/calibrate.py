@@ -5,7 +5,7 @@ number. This is the only module where a scale is computed from a range.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -16,7 +16,8 @@ from onnxqt.data import Samples, fixed_batch
 from onnxqt.errors import CalibrationError, UnboundedError
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array, FloatArray, Grid, QParams, fake_quantize
-from onnxqt.plan import IntegerNode, QuantPlan, fixed_site, tensors_of_group
+from onnxqt.overrides import Override, Overrides
+from onnxqt.plan import IntegerNode, QuantPlan, WeightSite, fixed_site, tensors_of_group
 from onnxqt.runtime import Session, with_outputs
 from onnxqt.schemes import Grids, Placement, Scheme
 
@@ -185,6 +186,65 @@ def calibrate(
     return RangeTable(seen, samples.count)
 
 
+# --- overrides ------------------------------------------------------------------------------------------
+
+
+def float_nodes(model: Model, overrides: Overrides) -> frozenset[str]:
+    """The nodes that overrides keep float, for `plan.Rules.floats`: those that match, and those around tensors that do.
+
+    Raises:
+        UsageError: if the pattern of any override matches neither a node nor a tensor of the model.
+    """
+    nodes = model.graph.nodes
+    names = {name for node in nodes for name in (node.name, *node.inputs, *node.outputs) if name}
+    overrides.check(names)
+    return frozenset(
+        node.name
+        for node in nodes
+        for rule in overrides.rules
+        if rule.keeps_float and any(rule.matches(name) for name in (node.name, *node.inputs, *node.outputs) if name)
+    )
+
+
+def overridden(grids: Grids, plan: QuantPlan, overrides: Overrides) -> Grids:
+    """The grids with what overrides say of single tensors; the last that matches holds.
+
+    An override that matches a node speaks of its weight, and of the activations that it reads and gives out, among
+    them those behind the bias and the activation function that are fused into it.
+
+    Raises:
+        UsageError: if an override sets something of weights or activations and matches none.
+    """
+    by_weight = _users(plan)
+    by_activation: dict[str, list[IntegerNode]] = {site.tensor: [] for site in plan.activations}
+    for node in plan.integer_nodes:
+        for tensor in (*node.inputs, *node.outputs):
+            by_activation[tensor].append(node)
+    weight_bits, activation_bits, granularity = (
+        dict(grids.weight_bits),
+        dict(grids.activation_bits),
+        dict(grids.granularity),
+    )
+    for rule in overrides.rules:
+        weights, activations = _matched(rule, by_weight), _matched(rule, by_activation)
+        rule.check_used(weights, activations)
+        weight_bits.update(dict.fromkeys(weights, rule.weight_bits) if rule.weight_bits is not None else {})
+        activation_bits.update(
+            dict.fromkeys(activations, rule.activation_bits) if rule.activation_bits is not None else {}
+        )
+        granularity.update(dict.fromkeys(weights, rule.granularity) if rule.granularity is not None else {})
+    return replace(grids, weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity)
+
+
+def _matched(rule: Override, tensors: Mapping[str, Collection[IntegerNode]]) -> list[str]:
+    """The tensors that an override matches, by their own names or those of the nodes around them."""
+    return [
+        tensor
+        for tensor, nodes in tensors.items()
+        if rule.matches(tensor) or any(rule.matches(name) for node in nodes for name in (node.name, *node.followers))
+    ]
+
+
 # --- range -> scale -------------------------------------------------------------------------------------
 
 
@@ -193,25 +253,49 @@ class Quantizers:
     """The parameters of every quantizer of a plan under one scheme.
 
     Attributes:
-        activations: of the quantized activations, by tensor.
+        activations: of the quantized activations, by tensor; none where activations stay float or get their scales
+            at run time.
         weights: of the quantized weights, by tensor.
         constants: of the constant operands (see `constant_operand`), by the node that reads them.
+        dynamic: whether activations that weights multiply get their scales at run time.
+        unblocked: why a weight has one scale per channel under a scheme with blocks, by tensor.
+        scheme: its name; empty where the grids have none.
+        ranges: how the activations' clips were chosen; empty where there are none.
     """
 
     activations: Mapping[str, QParams]
     weights: Mapping[str, QParams]
     constants: Mapping[str, QParams] = field(default_factory=dict)
+    dynamic: bool = False
+    unblocked: Mapping[str, str] = field(default_factory=dict)
+    scheme: str = ""
+    ranges: str = ""
 
 
 def make_quantizers(
     model: Model, plan: QuantPlan, ranges: RangeTable, scheme: Scheme | Grids, method: RangeMethod
 ) -> Quantizers:
-    """Parameters for every quantizer of `plan` on the grids of `scheme`; `method` chooses the activations' clips."""
+    """Parameters for every quantizer of `plan` on the grids of `scheme`.
+
+    Args:
+        model: the float model.
+        plan: its quantizer sites.
+        ranges: its calibrated ranges; not looked at where activations stay float or get their scales at run time.
+        scheme: the grids.
+        method: chooses the activations' clips.
+
+    Raises:
+        CalibrationError: if `ranges` lacks a tensor of the plan.
+    """
     grids = scheme.grids if isinstance(scheme, Scheme) else scheme
-    activations = activation_params(plan, ranges, grids, method)
     weights = weight_params(plan, functools.partial(_constant, model), grids)
+    shapes = {site.tensor: tuple(model.graph.initializers[site.tensor].dims) for site in plan.weights}
+    reasons = unblocked(plan, shapes, grids)
+    if grids.weight_only or grids.dynamic:
+        return Quantizers({}, weights, dynamic=grids.dynamic, unblocked=reasons, scheme=grids.name)
+    activations = activation_params(plan, ranges, grids, method)
     for node in plan.integer_nodes:
-        if node.weight and node.bias:
+        if node.weight and node.bias and has_integer_bias(weights[node.weight.tensor]):
             name = node.weight.tensor
             input_scale = activations[node.inputs[0]].scale
             weights[name] = _raise_for_bias(weights[name], _constant(model, node.bias), input_scale, grids)
@@ -220,7 +304,12 @@ def make_quantizers(
         for node in plan.integer_nodes
         if node.constant is not None
     }
-    return Quantizers(activations, weights, constants)
+    return Quantizers(activations, weights, constants, unblocked=reasons, scheme=grids.name, ranges=method)
+
+
+def has_integer_bias(weight: QParams) -> bool:
+    """Whether a bias beside this weight has a scale `s_input * s_weight`; blocks of a channel have no common one."""
+    return weight.block_size is None
 
 
 def weight_quantizers(model: Model, plan: QuantPlan, grids: Grids) -> Quantizers:
@@ -239,7 +328,7 @@ def activation_params(plan: QuantPlan, ranges: RangeTable, grids: Grids, method:
     for site in plan.activations:  # a prescribed output comes first in its group: only moves follow it
         if site.group in groups:
             continue
-        grid = grids.io if site.io else grids.activation
+        grid = grids.activation_grid(tuple(tensors_of_group(plan, site.group)), site.io)
         if site.tensor in prescribed:
             scale, zero_point = prescribed[site.tensor]
             groups[site.group] = QParams(np.asarray(scale, np.float32), np.asarray(zero_point, np.int32), grid)
@@ -250,24 +339,99 @@ def activation_params(plan: QuantPlan, ranges: RangeTable, grids: Grids, method:
 
 def weight_params(plan: QuantPlan, value_of: Callable[[str], Array], grids: Grids) -> dict[str, QParams]:
     """Parameters of every quantized weight; `value_of` gives its values, one weight at a time."""
-    params = {}
-    for site in plan.weights:
-        lo, hi = _weight_ends(value_of(site.tensor), site.axis, grids)
-        scale, zero_point = _laid(lo, hi, grids.weight, grids.weight_placement)
-        params[site.tensor] = QParams(scale, zero_point, grids.weight, site.axis if grids.per_channel else None)
-    return params
+    users = _users(plan)
+    return {
+        site.tensor: _weight_param(value_of(site.tensor), site, grids, users.get(site.tensor, []))
+        for site in plan.weights
+    }
+
+
+def _users(plan: QuantPlan) -> dict[str, list[IntegerNode]]:
+    """The nodes that multiply by each weight."""
+    users: dict[str, list[IntegerNode]] = {}
+    for node in plan.integer_nodes:
+        if node.weight is not None:
+            users.setdefault(node.weight.tensor, []).append(node)
+    return users
+
+
+def _weight_param(weight: Array, site: WeightSite, grids: Grids, users: list[IntegerNode]) -> QParams:
+    """The parameters of one weight, whose values are given with the nodes that multiply by it."""
+    grid, wanted = grids.weight_grid(site.tensor), grids.granularity_of(site.tensor)
+    along = _blocked_axis(weight.shape, wanted.block_size, users) if wanted.block_size is not None else ""
+    if isinstance(along, int) and wanted.block_size is not None:
+        lo, hi = _block_ends(weight, along, wanted.block_size)
+        scale, zero_point = _laid(lo, hi, grid, grids.weight_placement)
+        return QParams(scale, zero_point, grid, along, wanted.block_size)
+    own = replace(grids, weight=grid, per_channel=wanted.per_channel)
+    scale, zero_point = _laid(*_weight_ends(weight, site.axis, own), grid, grids.weight_placement)
+    return QParams(scale, zero_point, grid, site.axis if own.per_channel else None)
+
+
+def unblocked(plan: QuantPlan, shapes: Mapping[str, tuple[int, ...]], grids: Grids) -> dict[str, str]:
+    """Why weights have one scale per channel though blocks were asked for, by tensor.
+
+    Args:
+        plan: the weights, and the nodes that multiply by them.
+        shapes: of the weights.
+        grids: what was asked for.
+    """
+    reasons = {}
+    for tensor, users in _users(plan).items():
+        size = grids.granularity_of(tensor).block_size
+        along = _blocked_axis(shapes[tensor], size, users) if size is not None else 0
+        if isinstance(along, str):
+            reasons[tensor] = along
+    return reasons
+
+
+def _blocked_axis(shape: tuple[int, ...], size: int, users: list[IntegerNode]) -> int | str:
+    """The axis along which a weight has blocks of `size` values, or why it has none."""
+    axes = {_reduced_axis(node, len(shape)) for node in users}
+    axis = axes.pop() if len(axes) == 1 else None
+    if axis is None:
+        return "the groups of a ConvTranspose share its channels"
+    if shape[axis] < size:
+        return f"the {shape[axis]} values along axis {axis} are fewer than a block of {size}"
+    return axis
+
+
+def _reduced_axis(node: IntegerNode, rank: int) -> int | None:
+    """The axis of a node's weight that its product sums over; None where groups cut through it.
+
+    Conv (O, I/g, ...) 1; ConvTranspose (I, O/g, ...) 0; Gemm the one that is not its output's; MatMul (..., K, N) the
+    last but one. (ONNX operator definitions, opset 21.)
+    """
+    if node.op_type == "Conv":
+        return 1
+    if node.op_type == "ConvTranspose":
+        return 0 if node.groups == 1 else None
+    if node.op_type == "Gemm" and node.weight is not None:
+        return 1 - node.weight.axis
+    return rank - 2
+
+
+def _block_ends(weight: Array, axis: int, size: int) -> tuple[Array, Array]:
+    """Least and largest value of each block; a block of zeros borrows the largest magnitude of the others."""
+    starts = np.arange(0, weight.shape[axis], size)
+    lo, hi = np.minimum.reduceat(weight, starts, axis=axis), np.maximum.reduceat(weight, starts, axis=axis)
+    return _filled(lo, hi)
+
+
+def _filled(lo: Array, hi: Array) -> tuple[Array, Array]:
+    """The ends of ranges, where those that hold nothing but zeros borrow the largest magnitude of the others."""
+    width = np.maximum(-lo, hi)
+    empty, largest = width <= 0, width.max() or 1.0
+    return np.where(empty, -largest, lo), np.where(empty, largest, hi)
 
 
 def _weight_ends(weight: Array, axis: int, grids: Grids) -> tuple[Array, Array]:
     """The ends of the range that a weight's grid covers: () per tensor, (channels,) per channel."""
     if grids.weight_placement.symmetric and (grids.per_channel or grids.search_clip):
-        clip = weight_clip(weight, axis, grids.weight, grids.per_channel)
+        clip = weight_clip(weight, axis, grids.weight, grids.per_channel, grids.weight_placement.power_of_two)
         return -clip, clip
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis] if grids.per_channel else 1, -1)
-    lo, hi = rows.min(axis=1), rows.max(axis=1)
-    width = np.maximum(-lo, hi)
-    empty = width <= 0
-    lo, hi = np.where(empty, -(width.max() or 1.0), lo), np.where(empty, width.max() or 1.0, hi)
+    lo, hi = _filled(rows.min(axis=1), rows.max(axis=1))
     return (lo, hi) if grids.per_channel else (lo[0], hi[0])
 
 
@@ -417,20 +581,21 @@ def _divergence(seen: TensorRange, laying: _Laying, interval: Interval) -> float
     return float(np.sum(p[mask] * np.log(p[mask] / np.maximum(q[mask], 1e-12))))
 
 
-def weight_clip(weight: Array, axis: int, grid: Grid, per_channel: bool) -> FloatArray:
+def weight_clip(weight: Array, axis: int, grid: Grid, per_channel: bool, power_of_two: bool = False) -> FloatArray:
     """Largest magnitude that the grid keeps of a weight: float32 () per tensor, (channels,) per channel.
 
     Per channel it is absmax, as compilers have it; channels of zeros borrow the largest of the others, so that
     their bias fits. Per tensor it is the clip with the least fourth power of the error (see `best_clip`). The
     second power clips so much that the common sign of the clipped errors costs more than the finer grid saves.
+    With `power_of_two` the scale is rounded up to one before the error is looked at.
     """
     if not per_channel:
-        return best_clip(weight, grid, power=4)
+        return best_clip(weight, grid, 4, power_of_two)
     absmax = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)).max(axis=1)
     return np.where(absmax > 0, absmax, absmax.max() or 1.0).astype(np.float32)
 
 
-def best_clip(weight: Array, grid: Grid, power: int) -> FloatArray:
+def best_clip(weight: Array, grid: Grid, power: int, power_of_two: bool = False) -> FloatArray:
     """The fraction of absmax, 1 included, that a symmetric grid should keep of a whole weight: float32 ().
 
     clip = argmin over c of  sum |fake_quantize(w, c / qmax) - w|^power
@@ -443,6 +608,7 @@ def best_clip(weight: Array, grid: Grid, power: int) -> FloatArray:
 
     def cost(clip: np.float32) -> float:
         scale = np.asarray(max(clip / np.float32(grid.qmax), _MIN_SCALE), np.float32)
+        scale = power_of_two_above(scale) if power_of_two else scale
         error = np.abs(fake_quantize(weight, QParams(scale, zero, grid)) - weight)
         return float(np.sum(error**power))
 

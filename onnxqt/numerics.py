@@ -50,20 +50,33 @@ class QParams:
     """A grid with its place on the real line.
 
     Attributes:
-        scale: float32, finite and > 0; shape () per tensor, (channels,) per channel.
+        scale: float32, finite and > 0; shape () per tensor, (channels,) per channel; per block that of the tensor,
+            with ceil(size / block_size) along `axis`.
         zero_point: int32, same shape as `scale`, within [qmin, qmax].
         grid: the codes.
-        axis: the channel axis of the quantized tensor, None per tensor.
+        axis: the channel axis of the quantized tensor, None per tensor; per block the axis that is cut into blocks.
+        block_size: consecutive values along `axis` that share a scale, the last of which may be fewer (ONNX
+            DequantizeLinear, opset 21); None where there are no blocks.
     """
 
     scale: FloatArray
     zero_point: IntArray
     grid: Grid
     axis: int | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale).all() and (self.scale > 0).all()):
             raise ValueError(f"scale must be finite and > 0, got {self.scale}")
+        if self.block_size is None:
+            return
+        if self.block_size < 1 or self.axis is None:
+            raise ValueError(f"blocks of {self.block_size} along axis {self.axis}: expected an axis and a size >= 1")
+        if self.scale.ndim < 1 or self.scale.shape != self.zero_point.shape:
+            raise ValueError(
+                f"blocks have scales {self.scale.shape} and zero points {self.zero_point.shape}: expected one shape, "
+                "of the rank of the tensor"
+            )
 
     @property
     def range(self) -> tuple[FloatArray, FloatArray]:
@@ -78,6 +91,23 @@ def along_axis(values: Array, axis: int | None, rank: int) -> Array:
     if axis is None:
         return values
     return values.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+
+
+def spread(values: Array, params: QParams, shape: tuple[int, ...]) -> Array:
+    """The scales or zero points of a grid as they broadcast over a tensor of this shape.
+
+    Raises:
+        ValueError: if there are not ceil(size / block_size) blocks along the axis, and as many as values elsewhere.
+    """
+    if params.block_size is None:
+        return along_axis(values, params.axis, len(shape))
+    axis = (params.axis or 0) % len(shape)
+    blocks = tuple(-(-size // params.block_size) if i == axis else size for i, size in enumerate(shape))
+    if values.shape != blocks:
+        raise ValueError(
+            f"blocks of {params.block_size} along axis {axis} of {shape} take scales {blocks}: got {values.shape}"
+        )
+    return np.repeat(values, params.block_size, axis)[tuple(slice(size) for size in shape)]
 
 
 def round_half_even(x: Array) -> Array:
@@ -123,8 +153,8 @@ def quantize(x: Array, params: QParams, rounding: Rounding = "even") -> IntArray
     if rounding == "affine":
         factor, shift = affine(params)
         return saturated(round_half_even(x.astype(np.float32, copy=False) * factor + shift), params.grid)
-    scale = along_axis(params.scale, params.axis, x.ndim)
-    zero_point = along_axis(params.zero_point, params.axis, x.ndim)
+    scale = spread(params.scale, params, x.shape)
+    zero_point = spread(params.zero_point, params, x.shape)
     steps = ROUNDINGS[rounding](x.astype(np.float32, copy=False) / scale)
     codes = steps + zero_point.astype(np.float32)  # exact where it matters: larger sums saturate
     return saturated(codes, params.grid)
@@ -140,8 +170,8 @@ def affine(params: QParams) -> tuple[FloatArray, FloatArray]:
 
 def dequantize(codes: Array, params: QParams) -> FloatArray:
     """Reals of `codes`, float32, same shape: `(code - zero_point) * scale`."""
-    scale = along_axis(params.scale, params.axis, codes.ndim)
-    zero_point = along_axis(params.zero_point, params.axis, codes.ndim)
+    scale = spread(params.scale, params, codes.shape)
+    zero_point = spread(params.zero_point, params, codes.shape)
     real: FloatArray = (codes.astype(np.int32) - zero_point).astype(np.float32) * scale
     return real
 

@@ -115,12 +115,14 @@ class QuantPlan:
         integer_nodes: the nodes that run on integers.
         float_nodes: the nodes that stay float, with reasons.
         unbounded: tensors that no grid can hold, which the plan was told of.
+        floats: names of nodes that were to stay float, which the plan was told of.
     """
 
     activations: tuple[ActivationSite, ...]
     integer_nodes: tuple[IntegerNode, ...]
     float_nodes: tuple[FloatNode, ...]
     unbounded: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
 
     @cached_property
     def weights(self) -> tuple[WeightSite, ...]:
@@ -139,6 +141,7 @@ class Rules:
         fixed: operators whose output grid is prescribed.
         tail: whether everything behind the first node that it does not run stays float as well.
         absent: why an operator that is not among them stays float, after the operator's name.
+        floats: names of nodes that stay float whatever they are.
     """
 
     operators: frozenset[str] = DEFAULT_OPERATORS
@@ -147,6 +150,7 @@ class Rules:
     fixed: frozenset[str] = frozenset()
     tail: bool = False
     absent: str = ""
+    floats: frozenset[str] = frozenset()
 
 
 _OWN_RULES = Rules()
@@ -173,7 +177,8 @@ def make_plan(model: Model, unbounded: Collection[str] = (), rules: Rules = _OWN
     inner = {} if rules.vendor else _inside_activations(graph)
     verdicts: dict[str, IntegerNode | str] = {}
     for node in graph.nodes:
-        verdict = _bounded(units.get(node.name) or _candidate(graph, node, rules), unbounded)
+        own = None if node.name in rules.floats else units.get(node.name)
+        verdict = _bounded(own or _candidate(graph, node, rules), unbounded)
         if isinstance(verdict, IntegerNode) and node.name not in units:
             verdict = inner.get(node.name, verdict)
         verdicts[node.name] = verdict
@@ -194,6 +199,7 @@ def make_plan(model: Model, unbounded: Collection[str] = (), rules: Rules = _OWN
             if node.name not in integer
         ),
         unbounded=tuple(unbounded),
+        floats=tuple(sorted(rules.floats)),
     )
 
 
@@ -246,6 +252,8 @@ def _computes(graph: GraphIndex, node: Node) -> bool:
 
 def _candidate(graph: GraphIndex, node: Node, rules: Rules) -> IntegerNode | str:
     """The integer form of a node, or the reason why it has none."""
+    if node.name in rules.floats:
+        return "an override keeps it float"
     kind = lookup(node.op_type, node.domain).kind
     absent = kind is Kind.FLOAT or not _runs(graph, node, rules)
     if absent and not any(graph.is_float(t) or not graph.is_typed(t) for t in node.outputs if t):
@@ -338,7 +346,7 @@ def _weighted(graph: GraphIndex, node: Node, rules: Rules) -> IntegerNode | str:
     output = node.outputs[0]
     if node.op_type == "MatMul":
         channels = graph.initializers[weight].dims[axis]
-        followers, bias, output = _bias_add(graph, output, channels)
+        followers, bias, output = _bias_add(graph, output, channels, rules)
     clamps, output = _clamps(graph, output, rules)
     return IntegerNode(
         node.name,
@@ -377,10 +385,12 @@ def _only_reader(graph: GraphIndex, tensor: str) -> Node | None:
     return readers[0] if len(readers) == 1 and tensor not in graph.outputs else None
 
 
-def _bias_add(graph: GraphIndex, tensor: str, channels: int) -> tuple[tuple[str, ...], str | None, str]:
+def _bias_add(graph: GraphIndex, tensor: str, channels: int, rules: Rules) -> tuple[tuple[str, ...], str | None, str]:
     """A constant Add along the last axis behind a MatMul: (its name, the bias, its output)."""
     reader = _only_reader(graph, tensor)
     if reader is None or reader.op_type != "Add" or reader.domain not in ("", "ai.onnx"):
+        return (), None, tensor
+    if reader.name in rules.floats:
         return (), None, tensor
     other = reader.inputs[0] if reader.inputs[1] == tensor else reader.inputs[1]
     *rows, columns = graph.shape(other) or (None,)
@@ -396,7 +406,7 @@ def _clamps(graph: GraphIndex, tensor: str, rules: Rules) -> tuple[tuple[str, ..
     reader = _only_reader(graph, tensor)
     if reader is None or lookup(reader.op_type, reader.domain).kind is not Kind.CLAMP:
         return (), tensor
-    if reader.op_type not in rules.operators:
+    if reader.op_type not in rules.operators or reader.name in rules.floats:
         return (), tensor
     if any(bound and bound not in graph.initializers for bound in reader.inputs[1:]):
         return (), tensor
@@ -437,7 +447,7 @@ def _units(graph: GraphIndex, rules: Rules) -> dict[str, IntegerNode | str]:
         return verdicts
     for origin, nodes in _functions(graph):
         first, *rest = nodes
-        if _runs_function(graph, nodes, rules):
+        if _runs_function(graph, nodes, rules) and rules.floats.isdisjoint(node.name for node in nodes):
             followers = tuple(node.name for node in rest)
             verdicts[first.name] = IntegerNode(
                 first.name, first.op_type, (origin,), nodes[-1].outputs[0], followers=followers

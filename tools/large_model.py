@@ -49,6 +49,9 @@ def main() -> None:
         ["calibrate", model, *data],
         ["export", model, *data, "--scheme", "w8a8-sym-pc"],
         ["export", model, *data, "--scheme", "w4a8-asym-pt"],
+        ["export", model, *data, "--scheme", "w4af-sym-b32"],
+        ["export", model, *data, "--scheme", "w4af-asym-b128"],
+        ["export", model, *data, "--scheme", "w8a8-asym-pc-dyn"],
     ):
         seconds, peak = run([str(Path(sys.executable).with_name("onnxqt")), *command])
         name = " ".join(part for part in command if part.startswith(("w", "inspect", "calibrate", "export")))

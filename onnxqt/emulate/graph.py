@@ -181,9 +181,10 @@ def quantizer_params(graph: Graph, node: NodeProto) -> QParams | None:
     if grid is None or scale.dtype != np.float32:
         kinds = f"type {TensorProto.DataType.Name(kind)} and a {scale.dtype} scale"
         raise EmulatorError(f"{where} has {kinds}: expected 4, 8 or 16-bit integers and a float32 scale")
-    if scale.ndim > 1:
+    attributes = attributes_of(node)
+    if scale.ndim > 1 or attributes.get("block_size", 0):
         return None
-    axis = attributes_of(node).get("axis", 1) if scale.size > 1 else None
+    axis = attributes.get("axis", 1) if scale.size > 1 else None
     if axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     try:

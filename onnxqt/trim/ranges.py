@@ -86,7 +86,8 @@ class Ranges:
         settings = []
         for regime, activations in zip(task.job.regimes, self.activations, strict=True):
             grids = _carried(regime.grids)
-            key = (grids.weight, grids.weight_placement, grids.per_channel, grids.search_clip)
+            own = (*sorted(grids.weight_bits.items()), *sorted(grids.granularity.items()))
+            key = (grids.weight, grids.weight_placement, grids.per_channel, grids.search_clip, own)
             if key not in known:
                 known[key] = weight_feeds(plan, task.shapes, weight_params(plan, pruned.__getitem__, grids))
             settings.append({**activation_feeds(activations), **known[key], **taus, **_run_time(regime)})
@@ -103,7 +104,11 @@ class Ranges:
 
 
 def _carried(grids: Grids) -> Grids:
-    """The grids as the training graph can hold them; wider ones are not used, see `blends`."""
+    """The grids as the training graph can hold them.
+
+    Wider ones are not used, see `blends`; those of single activations are as wide as it holds. Weights with blocks are
+    rounded per channel, which is coarser.
+    """
 
     def narrowed(grid: Grid) -> Grid:
         return grid if grid.bits <= CARRIER_BITS else replace(grid, bits=CARRIER_BITS)
@@ -114,6 +119,9 @@ def _carried(grids: Grids) -> Grids:
         activation=narrowed(grids.activation),
         io=narrowed(grids.io),
         fixed_outputs=grids.fixed_outputs if grids.activation.bits <= CARRIER_BITS else {},
+        block_size=None,
+        activation_bits={name: min(bits, CARRIER_BITS) for name, bits in grids.activation_bits.items()},
+        granularity={name: "pt" if own == "pt" else "pc" for name, own in grids.granularity.items()},
     )
 
 
