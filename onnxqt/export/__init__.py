@@ -1,6 +1,6 @@
-"""Stage 5, export: the quantized form of a float checkpoint under a scheme, and the neutral table."""
+"""Stage 5, export: the quantized form of a float checkpoint under a scheme."""
 
-from onnxqt.export.qdq import quantized_model
-from onnxqt.export.table import neutral_table, table_quantizers
+from onnxqt.export.qdq import FORMS, Form
+from onnxqt.export.quantized import lowest_opset, quantized_model
 
-__all__ = ["neutral_table", "quantized_model", "table_quantizers"]
+__all__ = ["FORMS", "Form", "lowest_opset", "quantized_model"]
