@@ -73,6 +73,9 @@ _KINDS = {
     ),
 }
 
+# Whose results are never negative.
+NON_NEGATIVE = frozenset(("Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt"))
+
 # What onnxqt's own schemes make integer.
 DEFAULT_OPERATORS = frozenset(
     (

@@ -79,23 +79,27 @@ def test_every_scheme_is_there_once_and_in_one_family(tool: ModuleType) -> None:
 
 
 def test_rows_differ_in_what_they_say(tool: ModuleType) -> None:
-    bench = tool.Bench(None, None, None, None, tool.ALL, TrimSettings(steps=50))
+    bench = tool.Bench(None, None, None, None, None, tool.ALL, TrimSettings(steps=50))
     made = {name: bench.settings_of(row, 3) for name, row in tool.ROWS.items() if row.trained}
-    assert {name for name, row in tool.ROWS.items() if not row.trained} == {"ptq"}
+    assert {name for name, row in tool.ROWS.items() if not row.trained} == {"ptq", "rounded"}
     one, every = (parse_scheme("w4a8-sym-pt"),), tool.ALL
     trained_for = {name: bench.schemes_of(tool.ROWS[name]) for name in tool.ROWS}
-    assert trained_for.pop("ptq") == ()
+    assert trained_for.pop("ptq") == trained_for.pop("rounded") == ()
     assert {name for name, found in trained_for.items() if found == one} == {"progressive", "reverse-pruning"}
     assert all(found == every for name, found in trained_for.items() if name not in ("progressive", "reverse-pruning"))
-    full = made["full"]
-    assert full == replace(TrimSettings(steps=50), seed=3, prune="tensor")
-    assert made["scheme-robust"] == replace(full, prune="none") == made["progressive"]
-    assert made["reverse-pruning"] == full
-    assert made["channel-pruning"] == replace(full, prune="channel")
+    assert {name for name, row in tool.ROWS.items() if row.rounded} == {"rounded", "full", "no-mixup", "no-average"}
+    chosen = TrimSettings(steps=50, seed=3)
+    full, mixup = made["full"], made["mixup"]
+    assert full == chosen.settled(rounds_well=True)
+    assert mixup == chosen.settled(rounds_well=False)
+    assert full.learning_rate < mixup.learning_rate
+    assert [full.schedule.blend(step, 50) for step in (0, 1, 49)] == [1, 1, 1]
+    assert mixup.schedule.blend(0, 50) == 0
+    both = replace(mixup, augment=())
+    assert made["both"] == made["reverse-pruning"] == both
+    assert made["scheme-robust"] == made["progressive"] == replace(both, prune="none")
+    assert made["no-mixup"] == replace(full, augment=())
     assert made["no-average"] == replace(full, average=0.0)
-    assert made["no-ramp"] == replace(full, schedule=made["no-ramp"].schedule)
-    assert [made["no-ramp"].schedule.blend(step, 50) for step in (0, 1, 49)] == [1, 1, 1]
-    assert full.schedule.blend(0, 50) == 0
 
 
 def test_tables_have_means_and_what_the_seeds_differ_by(tool: ModuleType) -> None:

@@ -24,7 +24,7 @@ from gradient_cases_spatial import CASES_SPATIAL
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqt.calibrate import calibrate
-from onnxqt.data import open_samples
+from onnxqt.data import DataSource, open_samples
 from onnxqt.ingest import ingest
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
@@ -356,7 +356,7 @@ def train(model: Model, folder: Path) -> Trimmed:
     plan = make_plan(model)
     ranges = calibrate(model, plan, open_samples(samples, input_specs(model)), 20)
     regimes = (scheme_regime(parse_scheme("w4a8-sym-pt"), "mse"),)
-    subject = Subject(model, plan, ranges, regimes, folder / "data.npz")
+    subject = Subject(model, model, plan, ranges, regimes, DataSource(str(folder / "data.npz")))
     return trim(subject, TrimSettings(steps=2, batch_size=2, learning_rate=1e-3, average=0), folder)
 
 

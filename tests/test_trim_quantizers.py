@@ -185,6 +185,17 @@ def test_statistics_of_an_activation(shape: tuple[int, ...]) -> None:
     assert min(x.size, SAMPLE * 2 // 3) <= found["sample"].size <= 2 * SAMPLE
 
 
+def test_statistics_of_an_activation_that_is_never_negative() -> None:
+    x = np.abs(np.random.default_rng(0).normal(size=(7, 30))).astype(np.float32) + 1
+    nodes = [
+        helper.make_node(name, ["x"], ["low", "high", "sample"], domain="onnxqt")
+        for name in ("Statistics", "NonNegativeStatistics")
+    ]
+    every, found = (run_function(node, {"x": x}) for node in nodes)
+    assert (found["low"], found["high"]) == (0, x.max())
+    np.testing.assert_array_equal(found["sample"], every["sample"])
+
+
 # --- grids of the batch ---------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from conftest import Digits
 
+from onnxqt.data import DataSource
 from onnxqt.errors import TrainingError
 from onnxqt.numerics import Array
 from onnxqt.schemes import parse_scheme
@@ -28,7 +30,8 @@ TIMES = ("ms", "seconds")  # what differs between two runs of the same steps
 def make_subject(digits: Digits) -> Subject:
     """One scheme clips weights, and two bits gain from any training; the other has grids of both symmetries."""
     regimes = tuple(scheme_regime(parse_scheme(name), "mse") for name in ("w2a8-sym-pt", "w4a4-asym-pc"))
-    return Subject(digits.model, digits.plan, digits.ranges, regimes, digits.calib)
+    source = DataSource(str(digits.calib))
+    return Subject(digits.model, digits.model, digits.plan, digits.ranges, regimes, source)
 
 
 def settings(**changes: Any) -> TrimSettings:
@@ -197,7 +200,7 @@ def test_run_of_other_settings_is_not_resumed(name: str, subject: Subject, kille
 
 
 def test_run_of_another_model_is_not_resumed(subject: Subject, killed: Path) -> None:
-    other = Subject(subject.model, subject.plan, subject.ranges, subject.regimes[:1], subject.data)
+    other = replace(subject, regimes=subject.regimes[:1])
     with pytest.raises(TrainingError, match=r"has another regimes: give the settings and samples"):
         trim(other, settings(resume=True), killed)
 

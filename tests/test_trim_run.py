@@ -17,7 +17,7 @@ from conftest import Digits
 from helpers import build, normal, prepare
 from onnx import helper, numpy_helper
 
-from onnxqt.data import Batch, open_samples
+from onnxqt.data import Batch, DataSource, open_samples
 from onnxqt.errors import InstallationError, TrainingError, UsageError
 from onnxqt.ingest import ingest
 from onnxqt.model import input_specs
@@ -57,7 +57,8 @@ def regimes(*schemes: Scheme) -> tuple[Regime, ...]:
 
 
 def subject(digits: Digits, schemes: tuple[Scheme, ...] = SCHEMES) -> Subject:
-    return Subject(digits.model, digits.plan, digits.ranges, regimes(*schemes), digits.calib)
+    source = DataSource(str(digits.calib))
+    return Subject(digits.model, digits.model, digits.plan, digits.ranges, regimes(*schemes), source)
 
 
 def run(
@@ -103,7 +104,8 @@ def test_history_tells_every_step_and_evaluation(trimmed: Trimmed) -> None:
     assert [report["step"] for report in events(trimmed, "evaluate")] == [12, 16, 20, 24, 28, 32, 36, 40]
     schedule = Schedule()
     assert [report["blend"] for report in steps] == [schedule.blend(step, STEPS) for step in range(STEPS)]
-    rates = [schedule.learning_rate(step, STEPS, settings().peak_rate) for step in range(STEPS)]
+    peak = settings().settled(rounds_well=False).learning_rate or 0
+    rates = [schedule.learning_rate(step, STEPS, peak) for step in range(STEPS)]
     assert [report["lr"] for report in steps] == rates
     assert {report["regime"] for report in steps} == set(NAMES)
     assert all(len(report["losses"]) == len(NAMES) for report in trimmed.history if "losses" in report)
@@ -189,7 +191,8 @@ def halves(folder: Path) -> Subject:
     prepared = prepare(build("(float[n,6] x) => (float[] y) { y = MatMul(x, w) }", {"w": w}))
     np.savez(folder / "data.npz", x=normal(100, 6))
     scheme = parse_scheme("w8a8-sym-pc")
-    return Subject(prepared.model, prepared.plan, prepared.ranges, regimes(scheme), folder / "data.npz")
+    model, source = prepared.model, DataSource(str(folder / "data.npz"))
+    return Subject(model, model, prepared.plan, prepared.ranges, regimes(scheme), source)
 
 
 NOTHING_MOVES: Mapping[str, Any] = {"learning_rate": 1e-12, "schedule": QUANTIZED, "batch_size": 8, "prune": "none"}
@@ -532,7 +535,8 @@ def test_cross_entropy_with_labels(torch_digits: Digits, tmp_path: Path) -> None
     """The loss of labelled samples, without being asked for."""
     data = torch_digits.folder / "eval"
     labels = open_samples(data, input_specs(torch_digits.model)).targets
-    given = Subject(torch_digits.model, torch_digits.plan, torch_digits.ranges, regimes(*SCHEMES), data, labels)
+    model, plan, ranges = torch_digits.model, torch_digits.plan, torch_digits.ranges
+    given = Subject(model, model, plan, ranges, regimes(*SCHEMES), DataSource(str(data)), labels)
     result = trim(given, settings(steps=4), tmp_path)
     batch = first_batch(torch_digits, data, seed=0)
     assert batch.labels is not None

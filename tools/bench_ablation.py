@@ -5,13 +5,15 @@
 DIR of the data holds `calib/*.npz` and, with labels, `eval/*.npz`. Rows:
 
     ptq              not trained
+    rounded          not trained: robust rounding, after equalization where that loses less on held-out samples
     progressive      progressive fake quantization for one scheme, w4a8-sym-pt; no reverse pruning
     reverse-pruning  the same with reverse pruning per tensor
     scheme-robust    progressive fake quantization for all schemes; no reverse pruning
-    full             the same with reverse pruning per tensor
+    both             the same with reverse pruning per tensor
+    mixup            the same, with samples blended
+    full             the same from robustly rounded weights on, with the gentle settings that `trim` then has
+    no-mixup         full, but no samples are blended
     no-average       full, but the checkpoint is the last weights and no average of them
-    no-ramp          full, but lambda is 1 from the start
-    channel-pruning  full, but reverse pruning is per channel
 
 "All schemes" are those of --schemes, by default {w8a8, w4a8, w4a4} x {sym, asym} x {pt, pc}. Training distils from the
 original model, so labels in `calib` are not used; nothing is chosen on `eval`. Every trained model is judged there by
@@ -36,18 +38,17 @@ from typing import Any
 import onnx
 
 from onnxqt.candidates import Candidate
-from onnxqt.data import has_classes
+from onnxqt.data import DataSource, has_classes
 from onnxqt.errors import OnnxqtError, TrainingError, UsageError
 from onnxqt.evaluate import Reference, evaluate
 from onnxqt.files import file_sha256, make_folder, write_json, write_model
 from onnxqt.model import Model
-from onnxqt.pipeline import Settings, Workspace, calibrated, open_workspace, record_ranges
+from onnxqt.pipeline import Settings, Workspace, calibrated, open_workspace, record_ranges, starting_point
 from onnxqt.runtime import Session
 from onnxqt.schemes import Scheme, parse_scheme
 from onnxqt.trim import Subject, TrimSettings, scheme_regime, trim
 from onnxqt.trim import state as states
 from onnxqt.trim.losses import Losses
-from onnxqt.trim.schedule import Schedule
 
 ONE = parse_scheme("w4a8-sym-pt")
 ALL = tuple(
@@ -65,24 +66,29 @@ class Row:
 
     Attributes:
         trained: whether it is trained at all.
+        rounded: whether it starts from robustly rounded weights.
         robust: whether for all schemes, or for `ONE`.
         changes: of the settings.
     """
 
     trained: bool = True
+    rounded: bool = False
     robust: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+_PLAIN: Mapping[str, Any] = {"augment": ()}
 ROWS: Mapping[str, Row] = {
     "ptq": Row(trained=False),
-    "progressive": Row(robust=False, changes={"prune": "none"}),
-    "reverse-pruning": Row(robust=False, changes={"prune": "tensor"}),
-    "scheme-robust": Row(changes={"prune": "none"}),
-    "full": Row(changes={"prune": "tensor"}),
-    "no-average": Row(changes={"prune": "tensor", "average": 0.0}),
-    "no-ramp": Row(changes={"prune": "tensor", "schedule": Schedule(0, 0, 0)}),
-    "channel-pruning": Row(changes={"prune": "channel"}),
+    "rounded": Row(trained=False, rounded=True),
+    "progressive": Row(robust=False, changes={**_PLAIN, "prune": "none"}),
+    "reverse-pruning": Row(robust=False, changes=_PLAIN),
+    "scheme-robust": Row(changes={**_PLAIN, "prune": "none"}),
+    "both": Row(changes=_PLAIN),
+    "mixup": Row(),
+    "full": Row(rounded=True),
+    "no-mixup": Row(rounded=True, changes=_PLAIN),
+    "no-average": Row(rounded=True, changes={"average": 0.0}),
 }
 
 
@@ -108,6 +114,7 @@ class Bench:
     Attributes:
         work: the model, its plan and its samples.
         original: the model with its activation ranges.
+        rounded: robustly rounded weights with theirs.
         data: where the calibration samples are.
         out: where the results go.
         schemes: what the rows are judged under, and trained for.
@@ -116,14 +123,19 @@ class Bench:
 
     work: Workspace
     original: Candidate
-    data: Path
+    rounded: Candidate
+    data: DataSource
     out: Path
     schemes: tuple[Scheme, ...]
     settings: TrimSettings
 
     def settings_of(self, row: Row, seed: int) -> TrimSettings:
         """How to train a row."""
-        return replace(self.settings, seed=seed, **row.changes)
+        return replace(self.settings, seed=seed, **row.changes).settled(row.rounded)
+
+    def start_of(self, row: Row) -> Candidate:
+        """The weights that a row begins with."""
+        return self.rounded if row.rounded else self.original
 
     def schemes_of(self, row: Row) -> tuple[Scheme, ...]:
         """What a row is trained for."""
@@ -139,6 +151,7 @@ class Bench:
             "calibration": source.samples.sha256(),
             "evaluation": source.evaluation.sha256(),
             "judged": [str(scheme) for scheme in self.schemes],
+            "rounded": row.rounded,
             "trained for": [str(scheme) for scheme in self.schemes_of(row)],
             "training": asdict(self.settings_of(row, seed)) if row.trained else None,
         }
@@ -154,14 +167,17 @@ def open_bench(model: Path, data: Path, out: Path, schemes: Sequence[Scheme] = A
     """
     training = TrimSettings(losses=Losses())
     training = training if steps is None else replace(training, steps=steps)
-    settings = Settings(tuple(schemes), training)
+    settings = Settings(tuple(schemes), training, robust_rounding="always")
     work = open_workspace(model, data / "calib", data / "eval", out, settings)
     if not has_classes(work.source.evaluation.targets):
         raise UsageError(f"'{data / 'eval'}' has no labels to judge by: add an array 'labels' to every file")
     tell("calibrate")
     work, ranges = calibrated(work)
     training = replace(training, batch_size=work.source.batch_size)
-    return Bench(work, Candidate(work.source.model, ranges), data / "calib", out, tuple(schemes), training)
+    original = Candidate(work.source.model, ranges)
+    tell("round robustly")
+    rounded = starting_point(work, original)
+    return Bench(work, original, rounded, DataSource(str(data / "calib")), out, tuple(schemes), training)
 
 
 def reference_of(bench: Bench) -> Reference:
@@ -203,15 +219,17 @@ def run_row(bench: Bench, name: str, seed: int, reference: Reference) -> Shares:
 
 def checkpoint(bench: Bench, name: str, seed: int) -> tuple[Model, dict[str, Any] | None]:
     """Train a row; the model and what is worth knowing about the run."""
-    row, original = ROWS[name], bench.original
+    row, source = ROWS[name], bench.work.source
+    start = bench.start_of(row)
     if not row.trained:
-        write_model(bench.out / f"{name}-{seed}.onnx", original.model.proto)
-        return original.model, None
+        write_model(bench.out / f"{name}-{seed}.onnx", start.model.proto)
+        return start.model, None
     folder = make_folder(bench.out / f"{name}-{seed}.training")
-    source, settings = bench.work.source, bench.settings_of(row, seed)
+    settings = bench.settings_of(row, seed)
     settings = replace(settings, resume=states.find(folder) is not None)
     regimes = tuple(scheme_regime(scheme, bench.work.settings.ranges) for scheme in bench.schemes_of(row))
-    subject = Subject(original.model, source.plan, original.ranges, regimes, bench.data, source.samples.targets)
+    targets = source.samples.targets
+    subject = Subject(start.model, source.model, source.plan, start.ranges, regimes, bench.data, targets, row.rounded)
     trimmed = trim(subject, settings, folder, lambda report: show(report, f"{name} {seed}", settings.steps))
     if trimmed.reason is not None:
         raise TrainingError(f"nothing can be trained: {trimmed.reason}")
@@ -233,8 +251,8 @@ def checkpoint(bench: Bench, name: str, seed: int) -> tuple[Model, dict[str, Any
 def judge(bench: Bench, model: Model, reference: Reference, title: str) -> Shares:
     """Top-1 of a model, as it is and under every scheme, on ranges of its own."""
     work = bench.work
-    ranges = bench.original.ranges if model is bench.original.model else record_ranges(work, model)
-    candidate = Candidate(model, ranges)
+    known = next((c for c in (bench.original, bench.rounded) if c.model is model), None)
+    candidate = known or Candidate(model, record_ranges(work, model))
     shares = {FLOAT: top1(model.proto, reference)}
     for scheme in bench.schemes:
         quantized = candidate.quantized(work.source.plan, scheme, work.settings.ranges)

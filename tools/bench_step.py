@@ -41,7 +41,7 @@ import numpy as np
 import onnx
 
 from onnxqt.calibrate import make_quantizers
-from onnxqt.data import require
+from onnxqt.data import DataSource, require
 from onnxqt.errors import InstallationError, OnnxqtError, TrainingError, UsageError
 from onnxqt.files import write_model
 from onnxqt.model import Model, editable
@@ -154,11 +154,12 @@ def prepare_folder(work: Workspace, folder: Path) -> None:
 
 def make_job(work: Workspace, terms: tuple[Term, ...], trained: tuple[str, ...]) -> jobs.Job:
     """A run with the defaults, as its worker reads it."""
-    training, source = work.settings.training, work.source
+    training, source = work.settings.training.settled(rounds_well=False), work.source
     names = {field.name for field in fields(jobs.Job)} & {field.name for field in fields(training)}
     chosen: dict[str, Any] = {name: getattr(training, name) for name in names}
     chosen.update(
-        data=os.fspath(source.samples.source),
+        data=DataSource(os.fspath(source.samples.source)),
+        augment=(),
         learning_rate=RATE,
         terms=terms,
         regimes=work.settings.regimes,

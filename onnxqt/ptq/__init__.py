@@ -4,6 +4,7 @@ from onnxqt.ptq.bias import Corrected, correct_biases
 from onnxqt.ptq.equalize import Equalized, Pair, equalize, find_pairs
 from onnxqt.ptq.improve import STEPS, Improved, PtqSettings, Step, improve
 from onnxqt.ptq.layers import Quantized
+from onnxqt.ptq.robust import Robust, RobustError, RobustSettings, round_robustly
 from onnxqt.ptq.rounding import LayerError, Rounded, RoundingSettings, round_weights
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "Pair",
     "PtqSettings",
     "Quantized",
+    "Robust",
+    "RobustError",
+    "RobustSettings",
     "Rounded",
     "RoundingSettings",
     "Step",
@@ -22,5 +26,6 @@ __all__ = [
     "equalize",
     "find_pairs",
     "improve",
+    "round_robustly",
     "round_weights",
 ]

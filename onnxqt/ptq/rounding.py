@@ -21,16 +21,15 @@ nearest. From 30 to 1000 the errors differ by a tenth at most (on calibration da
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from onnxqt.data import Samples
-from onnxqt.model import GraphIndex, Node
-from onnxqt.numerics import Array, FloatArray, QParams, along_axis, fake_quantize
+from onnxqt.numerics import Array, FloatArray, fake_quantize
 from onnxqt.ptq.layers import Layer, Progress, Quantized, by_name, layers_of, run_part, silent
+from onnxqt.ptq.matrices import SiteGrid, grouped, no_matrices, positions_of, read_rows, site_of
 
 ZETA, GAMMA = 1.1, -0.1  # of the rectified sigmoid (equation 23)
 _BETA = (20.0, 2.0)  # first and last (equation 24)
@@ -114,32 +113,21 @@ def round_weights(
         ModelError: if the model is too large for it.
     """
     layers = layers_of(quantized.model, quantized.plan)
-    skipped = {layer.node.name: reason for layer in layers if (reason := _reason(quantized.model.graph, layer))}
+    skipped = {layer.node.name: reason for layer in layers if (reason := no_matrices(quantized.model.graph, layer))}
     samples = samples.take(settings.samples)
     errors = {}
     for done, layer in enumerate(layer for layer in layers if layer.node.name not in skipped):
         rng = np.random.default_rng([settings.seed, done])
-        site = _site(quantized, layer)
+        site = site_of(quantized.model, layer)
         pool = _draw(quantized, layer, samples, settings, rng)
-        problem = _Problem(site.matrices(site.values), site.params(), pool, layer.clamp)
+        grid = site.grid(quantized.quantizers.weights[site.tensor])
+        problem = _Problem(site.matrices(site.values), grid, pool, layer.clamp)
         weight, errors[layer.node.name] = _learned(problem, settings, rng)
         quantized = _with_weights(quantized, {site.tensor: site.whole(weight)})
         progress(done + 1, layer.node.name)
     kept = {layer.node.weight.tensor for layer in layers if layer.node.name in skipped and layer.node.weight}
     nearest = {name: _nearest(quantized, name) for name in kept}
     return Rounded(_with_weights(quantized, nearest), errors, skipped)
-
-
-def _reason(graph: GraphIndex, layer: Layer) -> str | None:
-    """Why the rounding of a layer is not learned; None if it is."""
-    node = layer.node
-    if node.weight is None or node.op_type == "ConvTranspose":
-        return f"no learned rounding for {node.op_type}"
-    if node.weight.batched:
-        return "its weight is a stack of matrices"
-    if len(graph.consumers[node.weight.tensor]) > 1:
-        return f"shares its weight '{node.weight.tensor}' with other nodes"
-    return None
 
 
 def _with_weights(quantized: Quantized, weights: dict[str, Array]) -> Quantized:
@@ -149,54 +137,6 @@ def _with_weights(quantized: Quantized, weights: dict[str, Array]) -> Quantized:
 def _nearest(quantized: Quantized, tensor: str) -> FloatArray:
     values = quantized.model.graph.constant(tensor)
     return fake_quantize(np.asarray(values), quantized.quantizers.weights[tensor])
-
-
-# --- a weight as matrices -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Site:
-    """A weight and its grid, seen as one matrix (outputs, inputs) for each group."""
-
-    tensor: str
-    values: Array
-    grid: QParams
-    groups: int
-    output_first: bool
-
-    def matrices(self, values: Array) -> Array:
-        """(groups, outputs, inputs) of an array in the weight's shape."""
-        return values.reshape(self.groups, values.shape[0] // self.groups, -1) if self.output_first else values.T[None]
-
-    def whole(self, matrices: Array) -> Array:
-        """The weight's shape again."""
-        return matrices.reshape(self.values.shape) if self.output_first else matrices[0].T
-
-    def params(self) -> "_Grid":
-        """The grid in the shape of the matrices."""
-        scale = np.broadcast_to(along_axis(self.grid.scale, self.grid.axis, self.values.ndim), self.values.shape)
-        zero_point = np.broadcast_to(
-            along_axis(self.grid.zero_point, self.grid.axis, self.values.ndim), self.values.shape
-        )
-        scale, zero_point = self.matrices(scale)[..., :1], self.matrices(zero_point)[..., :1]
-        lo, hi = self.grid.grid.qmin - zero_point, self.grid.grid.qmax - zero_point
-        return _Grid(scale, lo.astype(np.float32), hi.astype(np.float32))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Grid:
-    """Scale and least and largest code, counted from the zero point, of each output: (groups, outputs, 1)."""
-
-    scale: FloatArray
-    lo: FloatArray
-    hi: FloatArray
-
-
-def _site(quantized: Quantized, layer: Layer) -> _Site:
-    node, tensor = layer.node, layer.node.weight.tensor if layer.node.weight else ""
-    output_first = node.op_type == "Conv" or bool(layer.source.attributes.get("transB", 0))
-    values = np.asarray(quantized.model.graph.constant(tensor))
-    return _Site(tensor, values, quantized.quantizers.weights[tensor], node.groups, output_first)
 
 
 # --- what a layer reads and should give out -----------------------------------------------------------------------
@@ -240,59 +180,12 @@ def _draw(
     count = max(1, min(settings.positions, settings.pool_bytes // (samples.count * width)))
     rows = []
     for source, target in zip(sources, wanted, strict=True):
-        x, y = source[read], target[end]
-        if node.op_type == "Conv":
-            x = _windows(layer.source, dims[2:], x, y.shape[2:])
-        else:
-            x, y = np.moveaxis(x, -1, 1), np.moveaxis(y, -1, 1)
-        rows.append(_rows(x, y, count, rng))
+        x, y = read_rows(layer, source[read], target[end], dims[2:])
+        rows.append(positions_of(x, y, count, rng))
     inputs, targets = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     bias = quantized.model.graph.constant(node.bias) if node.bias else np.zeros(1, np.float32)
     spread = np.broadcast_to(np.asarray(bias).reshape(1, -1), (1, targets.shape[1]))
-    return _Pool(_grouped(inputs, node.groups), _grouped(targets, node.groups), _grouped(spread, node.groups))
-
-
-def _grouped(rows: Array, groups: int) -> FloatArray:
-    """(rows, values) -> (groups, rows, values of a group)."""
-    return np.ascontiguousarray(rows.reshape(len(rows), groups, -1).swapaxes(0, 1), np.float32)
-
-
-def _rows(x: Array, y: Array, count: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """`count` random positions of each sample, or all if there are fewer: (rows, inputs) and (rows, outputs).
-
-    Args:
-        x: (samples, channels, *positions, ...).
-        y: (samples, channels, *positions).
-        count: positions of a sample.
-        rng: what draws them.
-    """
-    sizes = y.shape[2:]
-    chosen = np.argsort(rng.random((len(y), math.prod(sizes))), axis=1)[:, :count]
-    sample = np.repeat(np.arange(len(y)), chosen.shape[1])
-    place = np.unravel_index(chosen.ravel(), sizes) if sizes else ()
-    at: Any = (sample, slice(None), *place)  # numpy puts the axis of the rows first
-    return x[at].reshape(len(sample), -1), y[at]
-
-
-def _windows(node: Node, kernel: Sequence[int], x: Array, sizes: tuple[int, ...]) -> Array:
-    """What each output position of a convolution reads: a view (samples, channels, *positions, *kernel)."""
-    rank = len(kernel)
-    strides = node.attributes.get("strides", [1] * rank)
-    dilations = node.attributes.get("dilations", [1] * rank)
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    needed = [(o - 1) * s + r for o, s, r in zip(sizes, strides, reach, strict=True)]
-    mode = node.attributes.get("auto_pad", b"NOTSET")
-    pads = node.attributes.get("pads", [0] * 2 * rank)
-    before = list(pads[:rank])
-    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
-        total = [max(n - size, 0) for n, size in zip(needed, x.shape[2:], strict=True)]
-        before = [(t + 1) // 2 if mode == b"SAME_LOWER" else t // 2 for t in total]
-    after = [max(n - b - size, 0) for n, b, size in zip(needed, before, x.shape[2:], strict=True)]
-    padded = np.pad(x, ((0, 0), (0, 0), *zip(before, after, strict=True)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
-    steps = [slice(0, n - r + 1, s) for n, r, s in zip(needed, reach, strides, strict=True)]
-    taps = [slice(None, None, d) for d in dilations]
-    return windows[(slice(None), slice(None), *steps, *taps)]
+    return _Pool(grouped(inputs, node.groups), grouped(targets, node.groups), grouped(spread, node.groups))
 
 
 # --- one layer ----------------------------------------------------------------------------------------------------
@@ -303,7 +196,7 @@ class _Problem:
     """The weight of a layer (groups, outputs, inputs), its grid, and what it should compute."""
 
     weight: FloatArray
-    grid: _Grid
+    grid: SiteGrid
     pool: _Pool
     clamp: tuple[float, float]
 

@@ -22,21 +22,23 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqt.calibrate import RangeTable
-from onnxqt.data import InputSpec, has_classes
+from onnxqt.data import DataSource, InputSpec, has_classes
 from onnxqt.errors import TrainingError
-from onnxqt.model import Model, editable, finish
+from onnxqt.model import Model, editable, finish, input_specs
 from onnxqt.numerics import Grid, along_axis
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import check_trainer
 from onnxqt.schemes import Grids, Placement
 from onnxqt.trim import job as jobs
 from onnxqt.trim import state as states
+from onnxqt.trim.augment import Augmentation, choose_augmentations
 from onnxqt.trim.gradients import DOMAIN, Flow, Registration, find_flow, make_differentiable, static_rules
 from onnxqt.trim.history import History, before_step, read_history
 from onnxqt.trim.losses import LOSS, Losses, Term, find_terms, insert_loss, with_loss
 from onnxqt.trim.prune import Tails, tails
 from onnxqt.trim.quantizers import functions, insert, scale_loss, units_of
 from onnxqt.trim.regimes import Regime, scheme_regime
+from onnxqt.trim.schedule import Schedule
 from onnxqt.trim.settings import (
     EVALUATIONS,
     HELD_FRACTION,
@@ -106,20 +108,24 @@ class Subject:
     """What is fine-tuned, and on what.
 
     Attributes:
-        model: the float model; also the teacher and the first candidate.
-        plan: its quantizer sites.
+        model: the float weights that training starts from; the first candidate.
+        reference: the model whose outputs it should have: the teacher.
+        plan: its quantizer sites; of both models, as they have the same graph.
         ranges: its calibrated activation ranges.
         regimes: the ways to quantize it that it is to become robust to.
-        data: samples, as `onnxqt.data.open_samples` takes them.
+        data: where its samples are.
         labels: the arrays of labels that they have.
+        rounds_well: whether the weights were moved to round well, see `TrimSettings.settled`.
     """
 
     model: Model
+    reference: Model
     plan: QuantPlan
     ranges: RangeTable
     regimes: tuple[Regime, ...]
-    data: Path
+    data: DataSource
     labels: tuple[InputSpec, ...] = ()
+    rounds_well: bool = False
 
 
 Progress = Callable[[dict[str, Any]], None]
@@ -145,6 +151,7 @@ def trim(subject: Subject, settings: TrimSettings, folder: Path, progress: Progr
             are `last.onnx` and `best.onnx` in `folder`.
     """
     model, plan, regimes = subject.model, subject.plan, (*subject.regimes, FLOAT)
+    settings = settings.settled(subject.rounds_well)
     scope = check_trainable(model, plan, settings, subject.labels)
     if scope.reason is not None:
         return _nothing_trained(model, regimes, scope)
@@ -160,6 +167,7 @@ def trim(subject: Subject, settings: TrimSettings, folder: Path, progress: Progr
         jobs.write(folder, job)
     onnx.save(graph, folder / jobs.GRAPH)
     onnx.save(model.proto, folder / jobs.START)
+    onnx.save(subject.reference.proto, folder / jobs.REFERENCE)
     jobs.write_ranges(folder, subject.ranges)
     (folder / jobs.STOP).unlink(missing_ok=True)
     with History(folder, kept, settings.tensorboard) as history:
@@ -184,11 +192,21 @@ def check_trainable(model: Model, plan: QuantPlan, settings: TrimSettings, label
     """
     check_trainer()
     free = settings.unfrozen(trainable(plan))
-    found = reach(model, plan, _terms(model, plan, settings, labels))
+    terms = _terms(model, plan, settings, labels)
+    _augmentations(model, settings, terms)
+    found = reach(model, plan, terms)
     frozen = dict.fromkeys((name for name in found.trained if name not in free), "it is frozen by --freeze")
     trained = tuple(name for name in found.trained if name in free)
     reason = "all weights are frozen by --freeze" if found.trained and not trained else found.reason
     return Reach(trained, {**found.untouched, **frozen}, reason)
+
+
+def _augmentations(model: Model, settings: TrimSettings, terms: Sequence[Term]) -> tuple[Augmentation, ...]:
+    return choose_augmentations(settings.augment, input_specs(model), _labelled(terms))
+
+
+def _labelled(terms: Sequence[Term]) -> bool:
+    return any(term.labels or any(b.source == "labels" for b in term.bindings) for term in terms)
 
 
 def _terms(model: Model, plan: QuantPlan, settings: TrimSettings, labels: Sequence[InputSpec]) -> tuple[Term, ...]:
@@ -257,13 +275,13 @@ def finish_training(graph: gs.Graph, local: list[onnx.FunctionProto]) -> onnx.Mo
 
 def _job(subject: Subject, settings: TrimSettings, terms: tuple[Term, ...], trained: tuple[str, ...]) -> jobs.Job:
     return jobs.Job(
-        data=os.fspath(subject.data.resolve()),
+        data=replace(subject.data, path=os.path.abspath(subject.data.path)),
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         optimizer=settings.optimizer,
-        learning_rate=settings.peak_rate,
-        schedule=settings.schedule,
+        learning_rate=settings.learning_rate or 0.0,
+        schedule=settings.schedule or Schedule(),
         seed=settings.seed,
         terms=terms,
         regimes=subject.regimes,
@@ -276,6 +294,7 @@ def _job(subject: Subject, settings: TrimSettings, terms: tuple[Term, ...], trai
         observe_memory=OBSERVE_MEMORY,
         average=settings.average,
         balance=settings.balance,
+        augment=_augmentations(subject.model, settings, terms),
         evaluate_every=max(1, settings.steps // EVALUATIONS),
         patience=settings.patience,
         prune=settings.prune,
@@ -283,6 +302,7 @@ def _job(subject: Subject, settings: TrimSettings, terms: tuple[Term, ...], trai
         save_every=settings.save_every,
         save_minutes=settings.save_minutes,
         unbounded=subject.plan.unbounded,
+        floats=subject.plan.floats,
     )
 
 

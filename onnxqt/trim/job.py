@@ -1,6 +1,7 @@
 """The files through which the parent and the training process talk. No pickle: JSON, ONNX and npz."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxqt.calibrate import BINS, RangeTable, TensorRange
+from onnxqt.data import DataSource
 from onnxqt.numerics import Array, Grid, QParams
+from onnxqt.trim.augment import Augmentation
 from onnxqt.trim.gradients.rule import Registration
 from onnxqt.trim.losses import Term, read_term
 from onnxqt.trim.prune import PruneMode
@@ -20,13 +23,14 @@ Optimizer = Literal["adamw", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "sgd")
 
 START = "start.onnx"
+REFERENCE = "reference.onnx"
 GRAPH = "graph.onnx"
 RANGES = "ranges.npz"
 BEST = "best.onnx"
 LAST = "last.onnx"
 LOG = "worker.log"
 HISTORY = "history.jsonl"
-SAMPLES = "samples.npz"
+SAMPLES = "samples"
 STATE = "state"
 STOP = "stop"
 _JOB = "job.json"
@@ -57,6 +61,7 @@ class Job:
         observe_memory: of the activations' moving averages, per step.
         average: share of the run that the average of the weights remembers; 0 for none.
         balance: how far the losses of the regimes are brought together, see `regimes.balanced`.
+        augment: how new samples are made of those at hand.
         evaluate_every: updates between evaluations.
         patience: evaluations without a better one after which training ends; 0 for never.
         prune: how reverse pruning clips.
@@ -64,9 +69,10 @@ class Job:
         save_every: updates between two saved states; 0 for never.
         save_minutes: minutes between two saved states; 0 for never.
         unbounded: tensors that no grid can hold.
+        floats: nodes that stay float.
     """
 
-    data: str
+    data: DataSource
     steps: int
     batch_size: int
     accumulate: int
@@ -85,6 +91,7 @@ class Job:
     observe_memory: float
     average: float
     balance: float
+    augment: tuple[Augmentation, ...]
     evaluate_every: int
     patience: int
     prune: PruneMode
@@ -92,6 +99,7 @@ class Job:
     save_every: int
     save_minutes: float
     unbounded: tuple[str, ...] = ()
+    floats: tuple[str, ...] = ()
 
 
 def write(folder: Path, job: Job) -> None:
@@ -102,8 +110,9 @@ def write(folder: Path, job: Job) -> None:
 def read(folder: Path) -> Job:
     """Read the settings."""
     plain = json.loads((folder / _JOB).read_text())
-    for name in ("parameters", "given_out", "unbounded"):
+    for name in ("parameters", "given_out", "augment", "unbounded", "floats"):
         plain[name] = tuple(plain[name])
+    plain["data"] = DataSource.from_plain(plain["data"])
     plain["schedule"] = Schedule(**plain["schedule"])
     plain["terms"] = tuple(read_term(term) for term in plain["terms"])
     plain["regimes"] = tuple(from_plain(regime) for regime in plain["regimes"])
@@ -125,8 +134,9 @@ def difference(folder: Path, job: Job) -> str | None:
 
 def tidy(folder: Path) -> None:
     """Remove what only the training process needed; the checkpoints, the settings and the logs stay."""
-    for name in (START, GRAPH, RANGES, SAMPLES, STOP, *_ARTIFACTS):
+    for name in (START, REFERENCE, GRAPH, RANGES, STOP, *_ARTIFACTS):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SAMPLES, ignore_errors=True)
 
 
 def write_ranges(folder: Path, ranges: RangeTable) -> None:

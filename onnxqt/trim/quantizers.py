@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from onnxqt.numerics import Array, FloatArray, QParams, along_axis
+from onnxqt.ops import NON_NEGATIVE
 from onnxqt.plan import QuantPlan
 from onnxqt.trim.gradients import DOMAIN, through_sequence
 
@@ -56,7 +57,7 @@ def quantizer_inputs(tensor: str) -> QuantizerInputs:
 
 
 def statistics(tensor: str) -> Statistics:
-    """Names of the outputs that tell about `tensor`: the least and largest value, and some values evenly spaced."""
+    """Names of the outputs that tell about `tensor`: its least (or 0) and largest value, and some values of it."""
     return Statistics(*(f"onnxqt.{field}:{tensor}" for field in Statistics._fields))
 
 
@@ -83,8 +84,9 @@ _BLEND = """
     y = Add(float_part, grid_part)
 """
 
+_LOW = "low = ReduceMin<keepdims = 0>(x)"
+_ZERO = "low = Constant<value_float = 0.0>()"
 _STATISTICS = f"""
-    low = ReduceMin<keepdims = 0>(x)
     high = ReduceMax<keepdims = 0>(x)
     line = Constant<value = int64[1] {{-1}}>()
     begin = Constant<value = int64[1] {{0}}>()
@@ -147,6 +149,8 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
 
     Statistics(x) = min(x), max(x), every k-th value of x with an odd k
 
+    NonNegativeStatistics(x) = the same with 0 for min(x), for an x that is never negative
+
     RunTimeGrid(low, high, ...) = the calibrated scale and zero point, or those of the range [low, high] of a batch
 
         scale = (high - low) / (qmax - qmin), zero_point = round(qmin - low / scale)
@@ -156,7 +160,8 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
     return [
         _function("ReversePrune", ["w", "tau"], ["y"], _PRUNE, opset),
         _function("ProgressiveQDQ", ["x", "scale", "zero_point", "qmin", "qmax", "lambda"], ["y"], _BLEND, opset),
-        _function("Statistics", ["x"], ["low", "high", "sample"], _STATISTICS, opset),
+        _function("Statistics", ["x"], ["low", "high", "sample"], _LOW + _STATISTICS, opset),
+        _function("NonNegativeStatistics", ["x"], ["low", "high", "sample"], _ZERO + _STATISTICS, opset),
         _function("RunTimeGrid", grid, ["used", "used_zero_point"], _RUN_TIME, opset),
     ]
 
@@ -205,7 +210,9 @@ def insert(graph: gs.Graph, plan: QuantPlan, units: Mapping[str, Array]) -> list
         low.shape = high.shape = []
         given_out += [low.name, high.name, sample.name]
         name = f"onnxqt.statistics:{activation.tensor}"
-        graph.nodes.append(gs.Node("Statistics", name, {}, [tensor], [low, high, sample], domain=DOMAIN))
+        above_zero = any(node.op in NON_NEGATIVE for node in tensor.inputs)
+        function = "NonNegativeStatistics" if above_zero else "Statistics"
+        graph.nodes.append(gs.Node(function, name, {}, [tensor], [low, high, sample], domain=DOMAIN))
         settings = _settings_inputs(graph, activation.tensor, [])
         used = (
             gs.Variable(f"onnxqt.used_scale:{activation.tensor}", np.float32, []),

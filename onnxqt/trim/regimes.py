@@ -60,7 +60,7 @@ def balanced(losses: Array, strength: float) -> FloatArray:
 
 def scheme_regime(scheme: Scheme, ranges: RangeMethod) -> Regime:
     """The regime of one of this package's own schemes."""
-    return Regime(str(scheme), scheme.grids, ranges)
+    return Regime(str(scheme), scheme.grids, ranges, scheme.dynamic)
 
 
 def to_plain(regime: Regime) -> dict[str, Any]:

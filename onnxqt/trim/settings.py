@@ -2,15 +2,18 @@
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from onnxqt.errors import UsageError
+from onnxqt.trim.augment import Augmentation
 from onnxqt.trim.job import OPTIMIZERS, Optimizer
 from onnxqt.trim.losses import Losses
 from onnxqt.trim.prune import PRUNE_MODES, PruneMode
 from onnxqt.trim.schedule import Schedule
 
 DEFAULT_RATES = {"adamw": 1.5e-3, "sgd": 1e-2}
+GENTLE_RATES = {"adamw": 2e-4, "sgd": 1.5e-3}  # from weights that round well already
+AT_ONCE = Schedule(warmup=0, bend=0, full=0)
 HELD_FRACTION = 0.1
 HELD_LIMIT = 512
 REFRESH_EVERY = 40
@@ -29,8 +32,9 @@ class TrimSettings:
         accumulate: batches whose gradients make one update.
         optimizer: "adamw" or "sgd".
         learning_rate: its peak. A weight is trained in units of the root mean square of its output channel, so that
-            AdamW moves it by at most about this fraction of its size in a step. None for the optimizer's default.
-        schedule: of lambda and of the learning rate.
+            AdamW moves it by at most about this fraction of its size in a step. None for the optimizer's default,
+            see `settled`.
+        schedule: of lambda and of the learning rate; None for the default, see `settled`.
         seed: of the order of samples and of the schemes drawn.
         losses: what is minimised; None for cross-entropy if the samples have labels, else distillation.
         prune: reverse pruning per "tensor", per "channel", or "none".
@@ -38,6 +42,8 @@ class TrimSettings:
             0 for the last weights themselves.
         balance: how far the losses of easy and hard schemes are brought together, between 0 (each counts as it is) and
             1 (each counts relative to what the untrained model loses).
+        augment: how new samples are made of those at hand, see `augment.augmented`; None for "mixup" where there are
+            no labels and every input is float.
         freeze: patterns of weights and biases that stay as they are, with * and ?.
         patience: evaluations without a better one after which training ends; 0 for never.
         save_every: updates after which the state is saved, so that a run can go on from there; 0 for never.
@@ -54,12 +60,13 @@ class TrimSettings:
     accumulate: int = 1
     optimizer: Optimizer = "adamw"
     learning_rate: float | None = None
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule | None = None
     seed: int = 0
     losses: Losses | None = None
     prune: PruneMode = "tensor"
     average: float = 0.2
     balance: float = 0.3
+    augment: tuple[Augmentation, ...] | None = None
     freeze: tuple[str, ...] = ()
     patience: int = 0
     save_every: int = 0
@@ -95,10 +102,16 @@ class TrimSettings:
             return self.losses
         return Losses({"cross-entropy": 1.0}) if labelled else Losses()
 
-    @property
-    def peak_rate(self) -> float:
-        """The peak of the learning rate."""
-        return DEFAULT_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+    def settled(self, rounds_well: bool) -> "TrimSettings":
+        """The same with a learning rate and a schedule.
+
+        Weights that round well already (see `onnxqt.ptq.round_robustly`) would lose that where lambda begins at 0 or
+        the learning rate is high: they are trained gently, and on the grid from the first step.
+        """
+        rates = GENTLE_RATES if rounds_well else DEFAULT_RATES
+        rate = rates[self.optimizer] if self.learning_rate is None else self.learning_rate
+        schedule = self.schedule or (AT_ONCE if rounds_well else Schedule())
+        return replace(self, learning_rate=rate, schedule=schedule)
 
     def unfrozen(self, names: Iterable[str]) -> list[str]:
         """The names that no pattern of `freeze` matches.

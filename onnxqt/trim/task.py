@@ -12,7 +12,7 @@ from onnxqt.calibrate import RangeTable
 from onnxqt.data import Batch, InputSpec, Samples, fixed_batch, open_samples
 from onnxqt.model import Model, input_specs
 from onnxqt.numerics import Array
-from onnxqt.plan import QuantPlan, make_plan
+from onnxqt.plan import QuantPlan, Rules, make_plan
 from onnxqt.runtime import Session, with_outputs
 from onnxqt.trim import job as jobs
 from onnxqt.trim.losses import loss_feeds, measure_power, teacher_outputs
@@ -27,6 +27,7 @@ class Task:
 
     job: jobs.Job
     model: Model
+    reference: Model
     plan: QuantPlan
     specs: list[InputSpec]
     training: Samples
@@ -64,10 +65,11 @@ class Task:
 def load_task(folder: Path) -> Task:
     """Read a job and everything it names."""
     job = jobs.read(folder)
-    model = Model(onnx.load(folder / jobs.START), "")
+    model, reference = (Model(onnx.load(folder / name), "") for name in (jobs.START, jobs.REFERENCE))
     specs = input_specs(model)
     training, held = open_samples(job.data, specs).split(job.held_fraction, job.held_limit)
-    return Task(job, model, make_plan(model, job.unbounded), specs, training, held, jobs.read_ranges(folder))
+    plan = make_plan(model, job.unbounded, Rules(floats=frozenset(job.floats)))
+    return Task(job, model, reference, plan, specs, training, held, jobs.read_ranges(folder))
 
 
 class Teacher:
@@ -80,13 +82,14 @@ class Teacher:
         self._terms = task.job.terms
         self._names = teacher_outputs(self._terms)
         self._session = (
-            Session(with_outputs(task.model.proto, self._names), outputs=list(self._names)) if self._names else None
+            Session(with_outputs(task.reference.proto, self._names), outputs=list(self._names)) if self._names else None
         )
         held = task.held.batches(task.job.batch_size, task.pads)
         self._power = measure_power(self._terms, (self._outputs(batch) for batch in held))
         self._rows: dict[str, Array] = {}
         self._row_of: dict[int, int] = {}
-        if task.job.steps * task.job.batch_size * task.job.accumulate > task.training.count and not task.pads:
+        again = task.job.steps * task.job.batch_size * task.job.accumulate > task.training.count
+        if again and not task.pads and not task.job.augment:
             self._remember(task)
 
     def _remember(self, task: Task) -> None:

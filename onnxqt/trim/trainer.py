@@ -3,6 +3,7 @@
 It runs in a process of its own (see `worker`), because a kernel of the trainer can kill the process it runs in.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,23 @@ def register(registrations: Sequence[Registration]) -> None:
         definition.inputs, definition.outputs = list(registration.inputs), list(registration.outputs)
         definition.attributes = []
         c_api.register_gradient_definition(registration.key, [definition])
+
+
+@functools.cache
+def _session_options() -> Any:
+    """Options of the training session: memory grows by what is asked for.
+
+    By default each growth of the arena doubles it, which took half as much memory again as the training needs.
+    """
+    from onnxruntime.capi import _pybind_state as c_api
+
+    as_requested = c_api.OrtArenaCfg({"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1,
+                                      "max_dead_bytes_per_chunk": -1})  # fmt: skip
+    memory = c_api.OrtMemoryInfo("Cpu", c_api.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, c_api.OrtMemType.DEFAULT)
+    c_api.create_and_register_allocator(memory, as_requested)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
 
 
 class Trainer:
@@ -85,7 +103,9 @@ class Trainer:
             onnx.save(proto, path)
         self._api = api
         self._state = api.CheckpointState.load_checkpoint(state or folder / "checkpoint")
-        self._module = api.Module(folder / "training_model.onnx", self._state, folder / "eval_model.onnx")
+        self._module = api.Module(
+            folder / "training_model.onnx", self._state, folder / "eval_model.onnx", session_options=_session_options()
+        )
         self._optimizer = api.Optimizer(folder / "optimizer_model.onnx", self._module)
         self._parameters = tuple(parameters)
         self._given_out = tuple(given_out)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from onnxqt.files import write_model
 from onnxqt.numerics import Array
 from onnxqt.trim import job as jobs
 from onnxqt.trim import state as states
+from onnxqt.trim.augment import SHRINKING, augmented
 from onnxqt.trim.losses import least_loss
 from onnxqt.trim.observe import Observer
 from onnxqt.trim.quantizers import LOSS_SCALE, Feeds, number, relative
@@ -153,8 +154,12 @@ class Run:
         regime, scale = job.regimes[drawn], self._scales[drawn]
         settings = {**self._ranges.settings[drawn], **blends(regime, blend), LOSS_SCALE: number(scale)}
         rate = job.schedule.learning_rate(step, job.steps, job.learning_rate)
+        kinds = [kind for kind in job.augment if blend == 1 or kind not in SHRINKING]  # ranges follow until then
         losses, taken = [], 0.0
-        for batch in batches:
+        for place, batch in enumerate(batches):
+            if kinds:
+                random = np.random.default_rng([job.seed, step, place])
+                batch = replace(batch, inputs=augmented(batch.inputs, kinds, self._task.specs, random))
             feeds = {**self._teacher.feeds(batch), **settings}
             before = time.perf_counter()
             loss, given_out = self._trainer.accumulate(feeds)
