@@ -129,7 +129,7 @@ def executed_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         _open(model, True, optimized_model_filepath=os.fspath(path))
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=False)  # only its nodes are of interest
 
 
 def _open(model: onnx.ModelProto | Path, optimize: bool, threads: int = 0, **settings: str) -> Any:

@@ -14,34 +14,56 @@ ORDER = (
     {"errors"},
     {"numerics"},
     {"schemes", "profiles", "requantize", "devices"},
-    {"runtime", "data", "ops", "metrics", "tensors"},
+    {"runtime", "data", "ops", "metrics", "overrides", "tensors"},
     {"files", "model"},
     {"opset"},
     {"ingest"},
     {"plan"},
     {"calibrate"},
-    {"trim"},
+    {"table"},
+    {"trim", "vendors"},
     {"export", "pictures"},
-    {"candidates", "ptq"},
+    {"candidates", "mixed", "ptq"},
     {"compiler"},
     {"emulate"},
     {"verify"},
     {"evaluate"},
     {"report", "survey"},
     {"cost"},
-    {"matrix"},
+    {"advice", "compare", "html", "matrix"},
     {"pipeline"},
+    {"budget"},
     {"cli"},
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 # The same inside parts of several files; `__init__` stands for what the part gives to others.
 INSIDE = {
     "cli": (
-        {"output", "options", "progress"},
+        {"output", "options", "progress", "writing"},
         {"edge_page", "matrix_page", "program_page", "training"},
-        {"backends", "edge", "program", "quantize", "survey"},
+        {"advise", "backends", "compare", "edge", "program", "quantize", "report", "survey", "tables"},
         {"__init__"},
     ),
+    "data": (
+        {"form", "preprocessing"},
+        {"content"},
+        {"numpy_files"},
+        {"images", "tensor_files", "text_files"},
+        {"samples"},
+        {"source"},
+        {"iterables"},
+        {"__init__"},
+    ),
+    "html": (
+        {"text"},
+        {"source", "svg"},
+        {"charts", "command", "form", "outcomes"},
+        {"accuracy", "backends", "course", "devices", "layers", "provenance", "treatment"},
+        {"tensors"},
+        {"page"},
+        {"__init__"},
+    ),
+    "advice": ({"bench"}, {"facts", "sensitivity"}, {"search"}, {"plain"}, {"__init__"}),
     "matrix": ({"advice", "task"}, {"cells", "run"}, {"floats"}, {"bench"}, {"files"}, {"__init__"}),
 }
 # Judges files, not the code that wrote them.
@@ -49,12 +71,17 @@ ALONE = {"emulate": {"errors", "numerics", "requantize", "profiles", "runtime"}}
 
 NOWHERE = frozenset[str]()
 FOREIGN = {
-    "click": {f"cli/{name}.py" for names in INSIDE["cli"] for name in names} - {"cli/progress.py"},
+    "click": {f"cli/{name}.py" for names in INSIDE["cli"] for name in names} - {"cli/progress.py", "cli/writing.py"},
+    "PIL": {"data/images.py"},
+    "flatbuffers": {"vendors/onnxruntime.py"},
+    "safetensors": {"table/files.py"},
     "rich": {"cli/output.py", "cli/progress.py", "cli/edge_page.py", "cli/survey.py"},
     "onnxruntime": {"runtime.py", "trim/trainer.py", "trim/worker.py"},
     "matplotlib": {"pictures.py"},
     "tensorboardX": {"trim/history.py"},
     "torch": NOWHERE,
+    "jinja2": {"html/page.py"},
+    "markupsafe": {"html/page.py"},
     **dict.fromkeys(("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), NOWHERE),
 }
 CALLS = {

@@ -24,7 +24,10 @@ from onnxqt.files import file_sha256
 from onnxqt.profiles import PROFILES, read_profile
 from onnxqt.runtime import Session
 
-COMMANDS = ("trim", "inspect", "calibrate", "export", "verify", "profiles", "emulate", "cost")
+COMMANDS = (
+    *("trim", "report", "inspect", "advise", "compare", "calibrate", "export", "tables", "import-table"),
+    *("verify", "profiles", "emulate", "cost"),
+)
 COST_SCHEMA = json.loads((ROOT / "onnxqt" / "cost.schema.json").read_text())
 MATRIX_SCHEMA = json.loads((ROOT / "onnxqt" / "matrix.schema.json").read_text())
 
@@ -70,7 +73,8 @@ PICTURES = ("training.svg", "tails.svg")
 def test_trim_writes_its_files_and_nothing_temporary(short_run: Run) -> None:
     outside_training = {name for name in files(short_run.folder) if not name.startswith("training/")}
     schemes = {f"schemes/{name}.onnx" for name in RUN_SCHEMES}
-    assert outside_training == {"checkpoint.onnx", "table.json", "report.json", *PICTURES} | schemes
+    tables = {"table.json", "table.safetensors"}
+    assert outside_training == {"checkpoint.onnx", "report.json", *tables, *PICTURES} | schemes
     kept = {path.name for path in (short_run.folder / "training").iterdir()}
     assert kept - {"best.onnx", "clips.npz"} == {"history.jsonl", "job.json", "last.onnx", "worker.log"}
     assert ("best.onnx" in kept) == ("clips.npz" in kept)
@@ -161,13 +165,16 @@ def test_calibrate_writes_the_table_it_prints(digits: Digits, tmp_path: Path) ->
     assert (result.exit_code, result.stderr) == (0, "")
     table = json.loads(result.stdout)
     assert table == json.loads((tmp_path / "table.json").read_text())
-    assert files(tmp_path) == {"table.json"}
-    assert table["num_samples"] == 512
+    assert files(tmp_path) == {"table.json", "table.safetensors"}
+    assert table["calibration"] == {"samples": 512, "ranges": "minmax"}
+    assert table["model"]["file"] == "model.onnx"
+    assert table["model"]["sha256"] == digits.model.sha256
     entries = {entry["name"]: entry for entry in table["tensors"]}
     assert {site.tensor for site in digits.plan.activations} <= entries.keys()
     assert {site.tensor for site in digits.plan.weights} <= entries.keys()
     (image,) = digits.model.graph.inputs
-    assert (entries[image]["min"], entries[image]["max"]) == (0.0, 1.0)  # fixtures/README.md
+    stats = entries[image]["stats"]
+    assert (stats["min"], stats["max"]) == (0.0, 1.0)  # fixtures/README.md
     assert entries[image]["qparams"][0]["schemes"] == ["w8a8-sym-pc"]
     assert entries[image]["qparams"][0]["clip"] == {"min": [-1.0], "max": [1.0]}
 
@@ -199,7 +206,7 @@ def test_export_writes_checked_files(digits: Digits, tmp_path: Path) -> None:
     result = invoke("export", digits.file, *arguments, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     content = json.loads(result.stdout)
-    assert files(tmp_path) == {"table.json", *(f"schemes/{name}.onnx" for name in content)}
+    assert files(tmp_path) == {"table.json", "table.safetensors", *(f"schemes/{name}.onnx" for name in content)}
     assert content.keys() == {"w4a8-sym-pc", "w8a4-asym-pt"}
     for name, verdict in content.items():
         assert verdict.keys() == {"max_lsb", "mismatch_fraction", "integer_kernels"}

@@ -107,7 +107,7 @@ FAILURES: dict[str, tuple[Prepare, str]] = {
     "no-data": (with_data(lambda place: place.folder / "nothing"), "nothing does not exist; pass a directory"),
     "empty-data": (with_data(lambda place: place.folder), r"has no \.npz or \.npy file .* save some"),
     "data-is-a-model": (with_data(lambda place: place.digits.file), r"model\.onnx is neither .* pass"),
-    "wrong-name": (with_data(lambda place: place.data(picture=place.image)), r"0\.npz.*'picture'.*'image'"),
+    "wrong-name": (with_data(lambda place: place.data(picture=place.image[:, 0])), r"0\.npz.*'picture'.*'image'"),
     "wrong-shape": (with_data(lambda place: place.data(image=place.image[:, 0])), r"0\.npz.*'image'.*shape"),
     "wrong-size": (with_data(lambda place: place.data(image=place.image[..., :7])), r"0\.npz.*'image'.*7"),
     "wrong-dtype": (with_data(lambda place: place.data(image=place.image.astype(np.int32))), r"0\.npz.*'image'.*int32"),

@@ -47,10 +47,11 @@ def test_auto_takes_what_loses_least_on_held_out_samples(torch_digits: Digits, t
     def error(candidate: Candidate) -> float:
         return mean_error(candidate, source.model, target, source.batches(source.held))
 
+    fixed: tuple[When, ...] = ("always", "never")
     others = [
         starting_point(replace(work, settings=replace(work.settings, equalize=e, robust_rounding=r)), original)
-        for e in ("always", "never")
-        for r in ("always", "never")
+        for e in fixed
+        for r in fixed
     ]
     assert error(found) == min(map(error, others)) < error(original)
 

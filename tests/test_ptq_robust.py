@@ -46,7 +46,8 @@ def on_grid(model: Model, weight: Array, scheme: str | None) -> Array:
     if scheme is None:
         return weight
     params = weight_params(make_plan(model), lambda _: weight, parse_scheme(scheme).grids)["w"]
-    return fake_quantize(weight, params)
+    quantized: Array = fake_quantize(weight, params)
+    return quantized
 
 
 def outputs(model: Model, weight: Array) -> Array:
@@ -62,7 +63,8 @@ def errors_in_onnxruntime(model: Model, weight: Array) -> Array:
     """Mean squared error of the layer under float and each kind of codes, relative to its mean square."""
     expected = outputs(model, weight_of(model))
     found = [outputs(model, on_grid(model, weight, scheme)) for scheme in (None, *KINDS)]
-    return np.array([np.mean((y - expected) ** 2) for y in found]) / np.mean(expected**2)
+    errors: Array = np.array([np.mean((y - expected) ** 2) for y in found]) / np.mean(expected**2)
+    return errors
 
 
 @EACH_NET
@@ -122,7 +124,8 @@ def test_no_other_value_of_a_single_weight_is_better() -> None:
 def test_the_same_twice() -> None:
     model = ingested(build(NETS["conv"].text, NETS["conv"].constants))
     found = [round_robustly(model, make_plan(model), grids(*SCHEMES), samples_of(model)) for _ in range(2)]
-    np.testing.assert_array_equal(*(weight_of(outcome.model) for outcome in found))
+    first, second = (weight_of(outcome.model) for outcome in found)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_progress_names_the_layers_and_errors_cover_them() -> None:

@@ -29,7 +29,7 @@ def options_of(command: str) -> set[str]:
 
 def command_lines() -> list[tuple[str, str]]:
     """Each `onnxqt COMMAND ...` of README, up to the end of its line or of its code span."""
-    return [(command, rest) for command, rest in re.findall(r"\bonnxqt ([a-z]+) ([^`\n|]*)", README)]
+    return [(command, rest) for command, rest in re.findall(r"\bonnxqt ([a-z-]+) ([^`\n|]*)", README)]
 
 
 def test_commands_and_their_options_exist() -> None:

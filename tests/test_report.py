@@ -93,7 +93,7 @@ def test_hashes_are_those_of_the_files(short_run: Run) -> None:
     listed = short_run.report["files"]
     assert listed == {name: file_sha256(short_run.folder / name) for name in listed}
     schemes = {f"schemes/{name}.onnx" for name in RUN_SCHEMES}
-    assert listed.keys() == {"checkpoint.onnx", "table.json"} | schemes
+    assert listed.keys() == {"checkpoint.onnx", "table.json", "table.safetensors"} | schemes
     written = {name for name in files(short_run.folder) if not name.startswith("training/")}
     assert written == {*listed, "report.json", "training.svg", "tails.svg"}
     assert short_run.report["model"]["sha256"] == file_sha256(short_run.digits.file)

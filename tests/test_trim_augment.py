@@ -99,10 +99,8 @@ def test_shift_moves_by_up_to_an_eighth_and_repeats_the_edge(spec: InputSpec) ->
 
 def test_images_move_before_they_are_mixed_and_the_order_of_names_is_nothing() -> None:
     x = batch(NCHW)
-    first, second = (
-        augmented({"image": x}, kinds, [NCHW], np.random.default_rng(3))["image"]
-        for kinds in (("mixup", "flip"), ("flip", "mixup"))
-    )
+    orders: tuple[tuple[Augmentation, ...], ...] = (("mixup", "flip"), ("flip", "mixup"))
+    first, second = (augmented({"image": x}, kinds, [NCHW], np.random.default_rng(3))["image"] for kinds in orders)
     np.testing.assert_array_equal(first, second)
 
 

@@ -9,11 +9,15 @@ from typing import Any
 import click
 
 from onnxqt import __version__
+from onnxqt.cli.advise import advise
 from onnxqt.cli.backends import list_profiles, verify
+from onnxqt.cli.compare import compare
 from onnxqt.cli.edge import cost
 from onnxqt.cli.program import emulate
 from onnxqt.cli.quantize import calibrate, export, trim
+from onnxqt.cli.report import report
 from onnxqt.cli.survey import inspect
+from onnxqt.cli.tables import import_ranges, tables
 from onnxqt.errors import OnnxqtError
 
 
@@ -37,5 +41,9 @@ def main() -> None:
     """Make any ONNX model accurate on low-bit hardware, without its framework."""
 
 
-for _command in (trim, inspect, calibrate, export, verify, list_profiles, emulate, cost):
+_COMMANDS = (
+    *(trim, report, inspect, advise, compare, calibrate, export, tables, import_ranges),
+    *(verify, list_profiles, emulate, cost),
+)
+for _command in _COMMANDS:
     main.add_command(_command)

@@ -3,11 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from onnxqt.cli.matrix_page import print_matrix
-from onnxqt.cli.options import DATA, JSON, MODEL, OUT, options, profile_named, profiles_named
+from onnxqt.cli.options import (
+    DATA,
+    JSON,
+    MODEL,
+    OUT,
+    PREPROCESS,
+    options,
+    preprocessing_of,
+    profile_named,
+    profiles_named,
+)
 from onnxqt.cli.output import print_json, print_table
 from onnxqt.cli.progress import Bar
 from onnxqt.errors import ModelError, UsageError
@@ -16,7 +27,7 @@ from onnxqt.ingest import ingest
 from onnxqt.ingest.files import EMBED_LIMIT
 from onnxqt.matrix import Subject, Task, make_matrix
 from onnxqt.model import Model
-from onnxqt.pipeline import CALIBRATION_BATCH, CALIBRATION_LIMIT, CHECKPOINT, prepare
+from onnxqt.pipeline import CALIBRATION_BATCH, CALIBRATION_LIMIT, CHECKPOINT, Settings, prepare, run_folder
 from onnxqt.profiles import PROFILES, parse_precision, profile_text
 from onnxqt.schemes import parse_scheme
 
@@ -25,7 +36,7 @@ MATRIX = "matrix.json"
 
 @click.command()
 @click.argument("models", metavar="MODEL...", type=MODEL, nargs=-1, required=True)
-@options(DATA)
+@options(DATA, PREPROCESS)
 @click.option("--eval", "evaluation", type=MODEL, help="Samples to judge on.  [default: a part of --data]")
 @click.option("--profile", "profiles", multiple=True, metavar="NAME|FILE", help="Back end, repeatable.  [default: all]")
 @click.option(
@@ -46,7 +57,7 @@ def verify(
     profiles: Sequence[str],
     out: Path | None,
     as_json: bool,
-    **columns: Sequence[str],
+    **rest: Any,
 ) -> None:
     """Measure how accurate float models are on every back end: the first MODEL is the original.
 
@@ -60,12 +71,14 @@ def verify(
         onnxqt verify model.onnx model-onnxqt/ --data calib/ --profile tflite_ref --profile my_npu.toml
     """
     chosen = profiles_named(profiles) or tuple(PROFILES.values())
-    precisions = tuple(dict.fromkeys(map(parse_precision, columns["precisions"])))
-    schemes = tuple(dict.fromkeys(map(parse_scheme, columns["schemes"])))
+    precisions = tuple(dict.fromkeys(map(parse_precision, rest["precisions"])))
+    schemes = tuple(dict.fromkeys(map(parse_scheme, rest["schemes"])))
+    settings = Settings(preprocessing=preprocessing_of(rest["preprocess"]))
     files = [path / CHECKPOINT if path.is_dir() and (path / CHECKPOINT).is_file() else path for path in models]
     with Bar() as bar:
         bar.stage("read the models and the samples")
-        source = prepare(files[0], data, evaluation)
+        place = out or run_folder(files[0])
+        source = prepare(files[0], data, evaluation, settings, place)
         task = Task(
             subjects=_subjects(files, source.model),
             calibration=source.samples.take(CALIBRATION_LIMIT),
@@ -77,7 +90,7 @@ def verify(
             schemes=schemes,
         )
         task.check()
-        folder = make_folder(out or Path(f"{files[0].stem}-onnxqt"))
+        folder = make_folder(place)
         bar.stage("verify", len(task.columns) * len(task.subjects))
         matrix = make_matrix(task, folder / MATRIX, bar.advance)
     if as_json:

@@ -9,11 +9,11 @@ import click
 import numpy as np
 
 from onnxqt.cli.edge_page import Timing, print_cost
-from onnxqt.cli.options import JSON, MODEL, options
+from onnxqt.cli.options import JSON, KINDS, MODEL, PREPROCESS, opened, options
 from onnxqt.cli.output import print_json
 from onnxqt.cli.progress import Bar
 from onnxqt.cost import BATCHES, Workload, estimate, measure, workload
-from onnxqt.data import InputSpec, fixed_batch, has_batch_axis, open_samples
+from onnxqt.data import InputSpec, fixed_batch, has_batch_axis
 from onnxqt.devices import DEVICES, Device
 from onnxqt.errors import DataError, ModelError, UsageError
 from onnxqt.files import file_sha256
@@ -37,8 +37,8 @@ BITS = range(2, 17)
 @click.option("--batch", type=int, default=1, show_default=True, help="Samples per run: 1 or 8.")
 @click.option("--measure", "measured", is_flag=True, help="Time MODEL and --file on this CPU, in ONNX Runtime.")
 @click.option("--file", type=MODEL, help="Quantized file to time as well.")
-@click.option("--data", type=MODEL, help="Samples to time with.  [default: random numbers]")
-@options(JSON)
+@click.option("--data", type=MODEL, help=f"Samples to time with: {KINDS}.  [default: random numbers]")
+@options(PREPROCESS, JSON)
 def cost(model: Path, devices: Sequence[str], batch: int, measured: bool, as_json: bool, **rest: Any) -> None:
     """Model how fast MODEL runs on edge devices, and at which energy and price. Needs no data.
 
@@ -59,7 +59,7 @@ def cost(model: Path, devices: Sequence[str], batch: int, measured: bool, as_jso
     timed: list[Timing] = []
     if measured:
         subjects = [_Subject(model.name, model, ingested)] + ([_Subject(file.name, file, None)] if file else [])
-        inputs = _inputs(ingested, data, batch)
+        inputs = _inputs(ingested, data, rest["preprocess"], batch)
         with Bar() as bar:
             bar.stage("measure", len(subjects))
             for timing in _timed(subjects, inputs):
@@ -101,7 +101,7 @@ def _check(batch: int, measured: bool, rest: dict[str, Any]) -> None:
     for name in ("weight_bits", "activation_bits"):
         if rest[name] not in BITS:
             raise UsageError(f"--{name.replace('_', '-')} is {rest[name]}: give {BITS[0]} to {BITS[-1]}")
-    for name in ("file", "data"):
+    for name in ("file", "data", "preprocess"):
         if rest[name] is not None and not measured:
             raise UsageError(f"--{name} is for what is measured: add --measure")
     if rest["file"] is not None and not rest["file"].is_file():
@@ -141,16 +141,16 @@ def _timed(subjects: Sequence[_Subject], inputs: dict[str, Array]) -> Iterator[T
         yield Timing(subject.name, digest, found, first / found.latency_s)
 
 
-def _inputs(model: Model, data: Path | None, batch: int) -> dict[str, Array]:
+def _inputs(model: Model, data: Path | None, preprocess: str | None, batch: int) -> dict[str, Array]:
     """One batch of samples, or of random numbers."""
     specs = input_specs(model)
     size = fixed_batch(specs) or batch
     if data is None:
         return {spec.name: _random(spec, size if has_batch_axis(specs) else None) for spec in specs}
-    samples = open_samples(data, specs)
-    if samples.count < size:
-        raise DataError(f"{samples.source} has {samples.count} samples, --batch needs {size}: give more")
-    return dict(next(iter(samples.batches(size))).inputs)
+    with opened(data, preprocess, specs) as samples:
+        if samples.count < size:
+            raise DataError(f"{samples.source} has {samples.count} samples, --batch needs {size}: give more")
+        return dict(next(iter(samples.batches(size))).inputs)
 
 
 def _random(spec: InputSpec, size: int | None) -> Array:

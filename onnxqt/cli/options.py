@@ -1,14 +1,19 @@
 """The options that several commands have, and what their values mean."""
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from onnxqt.calibrate import RANGE_METHODS
+from onnxqt.data import InputSpec, Preprocessing, Samples, open_samples, parse_preprocessing
 from onnxqt.errors import UsageError
-from onnxqt.pipeline import EQUALIZE, Settings
+from onnxqt.export import FORMS
+from onnxqt.overrides import Overrides, read_overrides
+from onnxqt.pipeline import WHEN, Settings, located
 from onnxqt.profiles import PROFILES, Profile, read_profile
 from onnxqt.ptq import STEPS, Step
 from onnxqt.schemes import DEFAULT_SCHEMES, parse_scheme
@@ -28,13 +33,28 @@ def options(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
-DATA = click.option("--data", type=MODEL, required=True, help="Samples: a directory of .npz or .npy files.")
+KINDS = "a folder or file of .npz, .npy, .csv or images, ONNX test data, or module:function"
+DATA = click.option("--data", type=MODEL, required=True, help=f"Samples: {KINDS}.")
+DATA_IF_NEEDED = click.option("--data", type=MODEL, help=f"Samples: {KINDS}. Not needed for af and -dyn schemes.")
+PREPROCESS = click.option("--preprocess", metavar="NAME|FILE", help="Images: imagenet, cifar, none, or a TOML file.")
 SCHEMES = click.option(
     "--scheme",
     "schemes",
     multiple=True,
     metavar="ID",
-    help="w{2..8}a{4,8}-{sym,asym}-{pt,pc}, repeatable. Default: w{8,4}a8-{sym,asym}-{pt,pc}.",
+    help="w{2..8}a{4,8,16,f}-{sym,asym}-{pt,pc,b16,b32,b64,b128}[-pow2][-narrow][-dyn], repeatable. "
+    "Default: w{8,4}a8-{sym,asym}-{pt,pc}.",
+)
+FORM = click.option(
+    "--form",
+    type=click.Choice(FORMS),
+    default="qdq",
+    show_default=True,
+    help="Of quantized files: quantizers around float operators, or integer operators.",
+)
+OPSET = click.option("--opset", type=int, help="Of quantized files.  [default: the least that they take]")
+OVERRIDES = click.option(
+    "--overrides", type=MODEL, help="TOML or JSON file of exceptions: other bits, or float, for nodes and tensors."
 )
 RANGES = click.option(
     "--ranges",
@@ -45,10 +65,17 @@ RANGES = click.option(
 )
 EQUALIZE_OPTION = click.option(
     "--equalize",
-    type=click.Choice(EQUALIZE),
+    type=click.Choice(WHEN),
     default="auto",
     show_default=True,
-    help="Cross-layer equalization first; auto: where it loses less on calibration samples.",
+    help="Cross-layer equalization first; auto: where it loses less on held-out samples.",
+)
+ROBUST_ROUNDING = click.option(
+    "--robust-rounding",
+    type=click.Choice(WHEN),
+    default="auto",
+    show_default=True,
+    help="Then move weights so that they round well under all schemes; auto as for --equalize.",
 )
 PTQ = click.option(
     "--ptq",
@@ -70,9 +97,27 @@ def ptq_steps(text: str | None) -> tuple[Step, ...]:
 
 
 def settings_of(schemes: Sequence[str], **rest: Any) -> Settings:
-    """The settings of a run with the named schemes, each once; without a name the default ones."""
+    """The settings of a run with the named schemes, each once; without a name the default ones.
+
+    Of the others, `preprocess` and `overrides` are as on the command line.
+    """
     chosen = tuple(dict.fromkeys(parse_scheme(name) for name in schemes)) or DEFAULT_SCHEMES
-    return Settings(schemes=chosen, **rest)
+    file = rest.pop("overrides", None)
+    overrides = Overrides() if file is None else read_overrides(file)
+    preprocessing = preprocessing_of(rest.pop("preprocess", None))
+    return Settings(schemes=chosen, preprocessing=preprocessing, overrides=overrides, **rest)
+
+
+def preprocessing_of(text: str | None) -> Preprocessing | None:
+    """What --preprocess names; None where it is not given."""
+    return None if text is None else parse_preprocessing(text)
+
+
+@contextmanager
+def opened(data: Path, preprocess: str | None, specs: list[InputSpec]) -> Iterator[Samples]:
+    """The samples of --data; what a function makes lies in a temporary folder meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="onnxqt-", ignore_cleanup_errors=True) as folder:
+        yield open_samples(located(data, specs, Path(folder), preprocessing_of(preprocess)), specs)
 
 
 def profiles_named(names: Sequence[str]) -> tuple[Profile, ...]:

@@ -8,27 +8,27 @@ import click
 import numpy as np
 from onnx import ModelProto
 
-from onnxqt.cli.options import JSON, MODEL, options, profile_named
+from onnxqt.cli.options import JSON, KINDS, MODEL, PREPROCESS, opened, options, profile_named
 from onnxqt.cli.output import number, print_json, print_table
 from onnxqt.cli.program_page import everything, print_program
 from onnxqt.cli.progress import Bar
-from onnxqt.data import InputSpec, Samples, check_labels, fixed_batch, open_samples
+from onnxqt.data import InputSpec, Samples, check_labels, fixed_batch
 from onnxqt.emulate import Program, load_program
 from onnxqt.errors import ModelError, UsageError
 from onnxqt.evaluate import in_order
-from onnxqt.export import quantized_model, table_quantizers
+from onnxqt.export import quantized_model
 from onnxqt.ingest import ingest
 from onnxqt.metrics import Tally
-from onnxqt.pipeline import EVALUATION_BATCH
-from onnxqt.plan import make_plan
+from onnxqt.pipeline import EVALUATION_BATCH, plan_of
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme
+from onnxqt.table import check_belongs, read_table, table_quantizers
 
 
 @click.command()
 @click.argument("file", type=MODEL)
-@click.option("--data", type=MODEL, help="Samples: a directory of .npz or .npy files; not needed with --dump.")
-@options(JSON)
+@click.option("--data", type=MODEL, help=f"Samples: {KINDS}; not needed with --dump.")
+@options(PREPROCESS, JSON)
 @click.option("--reference", type=MODEL, help="Float model to compare with.")
 @click.option(
     "--profile", default="ort_cpu", show_default=True, metavar="NAME|FILE", help="Whose arithmetic; see 'profiles'."
@@ -37,7 +37,7 @@ from onnxqt.schemes import parse_scheme
 @click.option("--scheme", metavar="ID", help="Which scheme of the table.")
 @click.option("--dump", is_flag=True, help="Print the integer program: rules, multipliers, accumulators, node by node.")
 def emulate(
-    file: Path, data: Path | None, reference: Path | None, profile: str, dump: bool, as_json: bool, **source: Any
+    file: Path, data: Path | None, reference: Path | None, profile: str, dump: bool, as_json: bool, **rest: Any
 ) -> None:
     """Run the quantized FILE in the integer arithmetic of a back end, or print the program that does.
 
@@ -50,10 +50,11 @@ def emulate(
     if data is None and not dump:
         raise UsageError("nothing to do: give samples with --data, or print the program with --dump")
     chosen = profile_named(profile)
-    program = load_program(_quantized(file, **source), chosen.arithmetic)
+    program = load_program(_quantized(file, rest["table"], rest["scheme"]), chosen.arithmetic)
     content: dict[str, Any] = {"profile": chosen.name}
     if data is not None:
-        tallies, overflows, count = _emulated(program, file, data, reference)
+        with opened(data, rest["preprocess"], _specs(program)) as samples:
+            tallies, overflows, count = _emulated(program, file, samples, reference)
         content["outputs"] = {
             name: {
                 "metrics": tally.metrics(),
@@ -88,17 +89,16 @@ def _quantized(file: Path, table: Path | None, scheme: str | None) -> Path | Mod
         raise UsageError("--table and --scheme go together: which table, and which of its schemes")
     if table is None or scheme is None:
         return file
-    model = ingest(file)
-    plan = make_plan(model)
-    return quantized_model(model, plan, table_quantizers(table, plan, str(parse_scheme(scheme))))
+    model, content = ingest(file), read_table(table)
+    check_belongs(content, model)
+    plan = plan_of(content, model)
+    return quantized_model(model, plan, table_quantizers(content, plan, str(parse_scheme(scheme))))
 
 
 def _emulated(
-    program: Program, file: Path, data: Path, reference: Path | None
+    program: Program, file: Path, samples: Samples, reference: Path | None
 ) -> tuple[dict[str, Tally], dict[str, int], int]:
     """What the program makes of the samples: by output; overflows by node; how many samples."""
-    specs = [InputSpec(name, np.dtype(dtype), shape or ()) for name, (dtype, shape) in program.inputs.items()]
-    samples = open_samples(data, specs)
     session = Session(reference) if reference else None
     if session and not set(program.outputs) <= set(session.outputs):
         raise ModelError(
@@ -107,7 +107,7 @@ def _emulated(
         )
     tallies = {name: Tally() for name in program.outputs}
     overflows: Counter[str] = Counter()
-    fixed = fixed_batch(specs)
+    fixed = fixed_batch(_specs(program))
     batches = samples.batches(fixed or EVALUATION_BATCH, pad=fixed is not None)
     with Bar() as bar:
         bar.stage("emulate", samples.count)
@@ -120,6 +120,10 @@ def _emulated(
             overflows.update(result.overflows)
             bar.advance(next(iter(tallies.values())).samples)
     return tallies, dict(+overflows), samples.count
+
+
+def _specs(program: Program) -> list[InputSpec]:
+    return [InputSpec(name, np.dtype(dtype), shape or ()) for name, (dtype, shape) in program.inputs.items()]
 
 
 def _check_labels(samples: Samples, output: Any) -> None:

@@ -13,16 +13,26 @@ from onnxqt.errors import UsageError
 from onnxqt.profiles import PROFILES
 from onnxqt.schemes import SCHEME_NAME, parse_scheme
 from onnxqt.trim import Regime, TrimSettings, scheme_regime
+from onnxqt.trim.augment import AUGMENTATIONS, Augmentation
 from onnxqt.trim.job import OPTIMIZERS
 from onnxqt.trim.losses import Losses, parse_losses
 from onnxqt.trim.prune import PRUNE_MODES
 from onnxqt.trim.schedule import Schedule
 
 _DEFAULT = TrimSettings()
+_SCHEDULE = Schedule()
 
 
 def _number(flag: str, kind: type, default: object, text: str) -> Callable[[Command], Command]:
     return click.option(flag, type=kind, default=default, show_default=True, help=text)
+
+
+def _share(flag: str, text: str, default: float) -> Callable[[Command], Command]:
+    return click.option(
+        flag,
+        type=float,
+        help=f"Schedule: {text}, as a share.  [default: {default:g}; lambda is 1 from the start after robust rounding]",
+    )
 
 
 ROBUST_TO = click.option(
@@ -40,7 +50,8 @@ TRAINING: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--lr",
         type=float,
-        help="Peak learning rate, as a fraction of each weight's size.  [default: 1.5e-3 for adamw, 1e-2 for sgd]",
+        help="Peak learning rate, as a fraction of each weight's size.  [default: 1.5e-3 for adamw, 1e-2 for sgd; "
+        "after robust rounding 2e-4 and 1.5e-3]",
     ),
     _number("--seed", int, _DEFAULT.seed, "Order of samples and schemes."),
     click.option(
@@ -55,12 +66,17 @@ TRAINING: tuple[Callable[[Any], Any], ...] = (
     click.option("--prune", type=click.Choice(PRUNE_MODES), default=_DEFAULT.prune, show_default=True,
                  help="How reverse pruning clips extreme weights."),
     _number("--balance", float, _DEFAULT.balance, "How far easy and hard schemes count alike, 0 to 1."),
+    click.option(
+        "--augment",
+        metavar="NAME,...",
+        help="New samples of those at hand: none, mixup, flip, shift.  [default: mixup where there are no labels]",
+    ),
     click.option("--freeze", multiple=True, metavar="PATTERN", help="Weights and biases that stay as they are (*, ?)."),
     _number("--average", float, _DEFAULT.average, "Share of the run that the averaged weights remember."),
-    _number("--warmup", float, _DEFAULT.schedule.warmup, "Schedule: where lambda leaves 0, as a share of the run."),
-    _number("--bend", float, _DEFAULT.schedule.bend, "Schedule: where the ramp turns from quartic to quadratic."),
-    _number("--full", float, _DEFAULT.schedule.full, "Schedule: where lambda reaches 1."),
-    _number("--knee", float, _DEFAULT.schedule.knee, "Schedule: lambda at the bend."),
+    _share("--warmup", "where lambda leaves 0", _SCHEDULE.warmup),
+    _share("--bend", "where the ramp turns from quartic to quadratic", _SCHEDULE.bend),
+    _share("--full", "where lambda reaches 1", _SCHEDULE.full),
+    _share("--knee", "lambda at the bend", _SCHEDULE.knee),
     _number("--patience", int, _DEFAULT.patience, "Evaluations without a better one before an early end; 0: never."),
     _number("--save-every", int, _DEFAULT.save_every, "Updates between two saved states; 0: by time alone."),
     _number("--save-minutes", float, _DEFAULT.save_minutes, "Minutes between two saved states; 0: never."),
@@ -77,12 +93,13 @@ def training_of(rest: dict[str, Any]) -> TrimSettings:
         accumulate=rest["accumulate"],
         optimizer=rest["optimizer"],
         learning_rate=rest["lr"],
-        schedule=Schedule(rest["warmup"], rest["bend"], rest["full"], rest["knee"]),
+        schedule=_schedule({name: rest[name] for name in ("warmup", "bend", "full", "knee")}),
         seed=rest["seed"],
         losses=_losses(rest["loss"], rest["loss_graph"], rest["temperature"], rest["features"]),
         prune=rest["prune"],
         average=rest["average"],
         balance=rest["balance"],
+        augment=_augmentations(rest["augment"]),
         freeze=tuple(rest["freeze"]),
         patience=rest["patience"],
         save_every=rest["save_every"],
@@ -90,6 +107,23 @@ def training_of(rest: dict[str, Any]) -> TrimSettings:
         resume=rest["resume"],
         tensorboard=rest["tensorboard"],
     )
+
+
+def _schedule(given: dict[str, float | None]) -> Schedule | None:
+    """The schedule that options ask for; None where nothing is asked for."""
+    asked = {name: value for name, value in given.items() if value is not None}
+    return Schedule(**asked) if asked else None
+
+
+def _augmentations(text: str | None) -> tuple[Augmentation, ...] | None:
+    """What --augment names."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in (*AUGMENTATIONS, "none"):
+            raise UsageError(f"--augment {name} is unknown: give none, or some of {', '.join(AUGMENTATIONS)}")
+    return tuple(kind for kind in AUGMENTATIONS if kind in names)
 
 
 def _losses(text: str | None, graph: Path | None, temperature: float, features: Sequence[str]) -> Losses | None:

@@ -101,6 +101,7 @@ class Entry:
     group: str | None = None
     product_of: tuple[str, ...] = ()
     computed_by: NodeRef | None = None
+
     def params(self, scheme: str) -> QParams | None:
         """How it is quantized under a scheme; None if it is not."""
         return next((view.params for view in self.views if scheme in view.schemes), None)

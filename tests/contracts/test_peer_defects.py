@@ -24,7 +24,6 @@ from onnxqt.calibrate import calibrate
 from onnxqt.candidates import Candidate
 from onnxqt.data import open_samples
 from onnxqt.errors import TrainingError
-from onnxqt.export import neutral_table
 from onnxqt.model import input_specs
 from onnxqt.numerics import Array
 from onnxqt.pipeline import CHECKPOINT, Settings, scheme_file
@@ -32,6 +31,7 @@ from onnxqt.pipeline import prepare as open_source
 from onnxqt.plan import QuantPlan, make_plan
 from onnxqt.runtime import Session
 from onnxqt.schemes import parse_scheme
+from onnxqt.table import build_table
 from onnxqt.trim import TrimSettings
 
 # 8 bits over a range of 2 x 4 sigma leave 41 dB for a tensor; a sum of ten such noises leaves 31.
@@ -272,10 +272,10 @@ def test_the_table_of_an_asymmetric_range_holds_its_largest_magnitude() -> None:
     schemes = {str(scheme): scheme for scheme in map(parse_scheme, ("w8a8-sym-pc", "w8a8-asym-pc"))}
     candidate = Candidate(model, ranges)
     quantizers = {name: candidate.quantizers(plan, scheme, "minmax") for name, scheme in schemes.items()}
-    (entry,) = (row for row in neutral_table(model, plan, ranges, quantizers)["tensors"] if row["name"] == "x")
-    symmetric, asymmetric = entry["qparams"]
-    assert (entry["min"], entry["max"]) == (-10, 1)
-    assert symmetric["clip"] == {"min": [pytest.approx(-10, rel=1e-6)], "max": [pytest.approx(10, rel=1e-6)]}
-    step = 11 / 255
-    assert asymmetric["clip"]["min"][0] == pytest.approx(-10, abs=step / 2)
-    assert asymmetric["clip"]["max"][0] == pytest.approx(1, abs=step / 2)
+    entry = build_table(model, plan, ranges, quantizers, "model.onnx").entry("x")
+    assert entry is not None
+    assert entry.stats is not None
+    assert (entry.stats.min, entry.stats.max) == (-10, 1)
+    symmetric, asymmetric = ([float(end) for end in view.clip] for view in entry.views)
+    assert symmetric == pytest.approx([-10, 10], rel=1e-6)
+    assert asymmetric == pytest.approx([-10, 1], abs=11 / 255 / 2)  # half a step
