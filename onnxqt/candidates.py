@@ -14,7 +14,7 @@ from onnxqt.metrics import Tally
 from onnxqt.model import Model
 from onnxqt.plan import QuantPlan
 from onnxqt.runtime import Session
-from onnxqt.schemes import Scheme
+from onnxqt.schemes import Grids, Scheme
 
 Origin = Literal["original", "equalized", "rounded", "checkpoint"]
 
@@ -35,11 +35,11 @@ class Candidate:
     ranges: RangeTable
     origin: Origin = "original"
 
-    def quantizers(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> Quantizers:
+    def quantizers(self, plan: QuantPlan, scheme: Scheme | Grids, method: RangeMethod) -> Quantizers:
         """The parameters of every quantizer under a scheme."""
         return make_quantizers(self.model, plan, self.ranges, scheme, method)
 
-    def quantized(self, plan: QuantPlan, scheme: Scheme, method: RangeMethod) -> onnx.ModelProto:
+    def quantized(self, plan: QuantPlan, scheme: Scheme | Grids, method: RangeMethod) -> onnx.ModelProto:
         """The QDQ model under a scheme."""
         return quantized_model(self.model, plan, self.quantizers(plan, scheme, method))
 
@@ -49,7 +49,7 @@ class Target:
     """What candidates are quantized to: the sites, the schemes, and how activations' clips are chosen."""
 
     plan: QuantPlan
-    schemes: Sequence[Scheme]
+    schemes: Sequence[Scheme | Grids]
     ranges: RangeMethod
 
 
@@ -63,7 +63,7 @@ def mean_error(candidate: Candidate, reference: Model, target: Target, batches: 
 
     Args:
         candidate: the weights.
-        reference: the float model.
+        reference: the float model, with a float output.
         target: what they are quantized to.
         batches: samples, none of which should have been used to find the weights.
     """

@@ -592,12 +592,14 @@ def starting_point(work: Workspace, original: Candidate) -> Candidate:
 
 
 def _best(work: Workspace, candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate that loses least under the schemes on held-out samples."""
-    if len(candidates) == 1:
-        return candidates[0]
+    """The candidate that loses least under the schemes on held-out samples; the first where nothing can be compared."""
     source, settings = work.source, work.settings
+    graph = source.model.graph
+    if len(candidates) == 1 or not any(graph.is_float(name) for name in graph.outputs):
+        return candidates[0]
     work.progress.stage("compare the weights", len(candidates))
-    samples, target = source.held.take(JUDGED_LIMIT), Target(source.plan, settings.schemes, settings.ranges)
+    samples = source.held.take(JUDGED_LIMIT)
+    target = Target(source.plan, [work.grids(scheme) for scheme in settings.schemes], settings.ranges)
     errors = []
     for candidate in candidates:
         errors.append(mean_error(candidate, source.model, target, source.batches(samples)))

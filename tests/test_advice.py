@@ -492,6 +492,22 @@ def test_names_may_be_anything(tmp_path: Path) -> None:
     assert not rule.matches(name.replace("*", "x"))
 
 
+def test_an_error_without_a_weak_spot_is_called_so(place: Path) -> None:
+    """Sixteen bits leave nothing to widen but weights, and those have eight already."""
+    arguments = (place / "model.onnx", "--data", place / "x.npy", "--scheme", "w8a16-sym-pc", "--top", 3)
+    result = invoke(*arguments)
+    assert result.exit_code == 0
+    assert "change that was measured gains 0.2 dB" in result.stdout
+    assert "the error is spread over many tensors: 'onnxqt trim' or another scheme may help more" in result.stdout
+
+
+def test_everything_in_float_is_one_line(place: Path) -> None:
+    (place / "o.json").write_text(json.dumps({"overrides": {"*": {"float": True}}}))
+    result = invoke(place / "model.onnx", "--data", place / "x.npy", "--overrides", place / "o.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nothing of the model is quantized" in result.stderr
+
+
 FAILURES: dict[str, tuple[tuple[object, ...], int, str]] = {
     "scheme": (("--scheme", "w9a8-sym-pc"), 2, "unknown scheme 'w9a8-sym-pc'"),
     "models": (("--models", 1), 2, "--models is 1: give a number of at least 10"),

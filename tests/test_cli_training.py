@@ -68,6 +68,7 @@ OPTIONS: dict[str, tuple[list[object], str, object]] = {
     "--temperature": ([2.5], "losses", Losses(temperature=2.5)),
     "--prune": (["channel"], "prune", "channel"),
     "--balance": ([0.75], "balance", 0.75),
+    "--augment": (["shift, mixup"], "augment", ("mixup", "shift")),
     "--freeze": (["head*"], "freeze", ("head*",)),
     "--average": ([0.25], "average", 0.25),
     "--warmup": ([0.05], "schedule.warmup", 0.05),
@@ -84,6 +85,9 @@ PAIRED = {"--feature"}  # means nothing without another option
 
 
 def at(settings: object, path: str) -> object:
+    """What a path leads to; where no schedule is asked for, that of weights that were not rounded."""
+    if path.startswith("schedule") and isinstance(settings, TrimSettings):
+        settings = settings.settled(rounds_well=False)
     for name in path.split("."):
         settings = getattr(settings, name)
     return settings
@@ -98,6 +102,13 @@ def test_option_reaches_the_settings(name: str, recorder: Recorder) -> None:
     # And nothing else: every other field is the default.
     changed = {field for field, value in vars(found).items() if value != getattr(TrimSettings(), field)}
     assert changed == {path.split(".")[0]}
+
+
+def test_no_augmentation_and_an_unknown_one(recorder: Recorder) -> None:
+    assert training(recorder, "--augment", "none").augment == ()
+    result = invoke("trim", "model.onnx", "--data", "calib", "--augment", "mixup,zoom")
+    assert result.exit_code == 2
+    assert "--augment zoom is unknown: give none, or some of mixup, flip, shift" in result.stderr
 
 
 def test_every_option_is_tested() -> None:

@@ -48,7 +48,7 @@ def findings(digits: Digits, history: list[dict[str, Any]], **settings: Any) -> 
         },
         history=tuple(history),
     )
-    asked = Settings(training=TrimSettings(steps=STEPS, **settings))
+    asked = Settings(training=TrimSettings(steps=STEPS, **settings).settled(rounds_well=False))
     return Findings(
         model=digits.model,
         plan=digits.plan,

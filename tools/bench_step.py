@@ -129,7 +129,8 @@ def prepare_folder(work: Workspace, folder: Path) -> None:
     graph, registrations, given_out = training_graph(model, plan, terms, scope.trained)
     write_graph(folder / "full", graph, replace(job, registrations=tuple(registrations), given_out=tuple(given_out)))
     jobs.write_ranges(folder / "full", ranges)
-    write_model(folder / "full" / jobs.START, model.proto)
+    for name in (jobs.START, jobs.REFERENCE):
+        write_model(folder / "full" / name, model.proto)
     graph, registrations = plain_graph(model, trainable(plan), terms)
     write_graph(folder / "plain", graph, replace(job, registrations=tuple(registrations)))
     write_feeds(folder, batches_of(work, terms))

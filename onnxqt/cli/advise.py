@@ -36,6 +36,7 @@ from onnxqt.overrides import Overrides, read_overrides
 from onnxqt.schemes import parse_scheme
 
 DEFAULT_SCHEME = "w8a8-sym-pc"
+_SPREAD = 1.0  # decibels that all advice gains together, under which no few tensors are to blame
 
 
 @click.command()
@@ -138,12 +139,14 @@ def _print(found: Advised, name: str, settings: AdviceSettings) -> None:
     """The advice, then what costs most by itself."""
     baseline = _outputs(found.baseline)
     click.echo(f"{name} under {settings.scheme}: {baseline} on {found.samples} held-out samples")
-    if not found.advice:
-        click.echo(f"no change that was measured gains {LEAST_GAIN:g} dB")
     for place, item in enumerate(found.advice, 1):
         option = f"  [{item.option}]" if item.option else ""
         click.echo(f"{place}  {item.gain_db:+.1f} dB  {item.text}{option}: {_outputs(item.quality)}")
         click.echo(f"   {item.reason}")
+    if len(found.advice) < settings.top:
+        click.echo(f"no {'other ' if found.advice else ''}change that was measured gains {LEAST_GAIN:g} dB")
+    if found.quality.snr_db - found.baseline.snr_db < _SPREAD:
+        click.echo("the error is spread over many tensors: 'onnxqt trim' or another scheme may help more")
     click.echo()
     layers = sorted(found.costs.layers, key=_without)[: settings.top]
     print_table("layers, those first without which the outputs are best", [_LAYERS, *map(_layer_row, layers)])

@@ -268,10 +268,13 @@ def _course(training: dict[str, Any], asked: TrimSettings) -> list[str]:
     """The phases of the schedule, and what reverse pruning did to the weights' tails."""
     steps, schedule = asked.steps, Schedule(**training["schedule"])
     ends = [round(share * steps) for share in (schedule.warmup, schedule.bend, schedule.full)]
-    lines = [
-        f"schedule: float until {ends[0]}, quartic to {ends[1]} (lambda {schedule.knee:g}), "
+    ramp = (
+        "lambda is 1 from the start"
+        if not ends[2]
+        else f"float until {ends[0]}, quartic to {ends[1]} (lambda {schedule.knee:g}), "
         f"quadratic to {ends[2]} (lambda 1), hold to {steps}"
-    ]
+    )
+    lines = [f"schedule: {ramp}"]
     if training["stopped"]:
         lines.append(f"training was stopped after {training['steps']} of {steps} steps")
     tails = training["tails"]
