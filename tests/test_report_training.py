@@ -166,8 +166,8 @@ def told(report: Report, monkeypatch: pytest.MonkeyPatch, digits: Digits, *optio
 
 
 def test_terminal_tells_the_schedule_and_the_tails(torch_digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = build_report(findings(torch_digits, steps(STEPS)))
-    out, lines = told(report, monkeypatch, torch_digits, "--warmup", 0.2, "--bend", 0.4, "--full", 0.7, "--knee", 0.25)
+    report = build_report(findings(torch_digits, steps(STEPS), schedule=Schedule(0.2, 0.4, 0.7, 0.25)))
+    out, lines = told(report, monkeypatch, torch_digits)
     assert lines == [
         "schedule: float until 200, quartic to 400 (lambda 0.25), quadratic to 700 (lambda 1), hold to 1000",
         "reverse pruning acted on 2 of 3 weights: the longest tail (max|W| / 0.999 quantile), of 'b', "
@@ -175,6 +175,13 @@ def test_terminal_tells_the_schedule_and_the_tails(torch_digits: Digits, monkeyp
     ]
     assert "training.svg" in out
     assert "tails.svg" in out
+
+
+def test_terminal_tells_that_lambda_is_one_from_the_start(
+    torch_digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = build_report(findings(torch_digits, steps(STEPS), schedule=Schedule(0, 0, 0)))
+    assert told(report, monkeypatch, torch_digits)[1][0] == "schedule: lambda is 1 from the start"
 
 
 def test_terminal_tells_that_training_was_stopped(torch_digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:

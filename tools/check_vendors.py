@@ -38,6 +38,15 @@ from onnxqt.table.form import Table
 from onnxqt.vendors import VENDORS, Request, baked_model, write_vendor
 
 SCRIPTS = Path(__file__).parent / "vendors"
+HEAD = """# What vendors' readers make of our files
+
+Random networks, five schemes each, exported, written in each format, and read back by the tool's own reader:
+"different" counts values that are not exactly (in float32) those of our table. `nox -s vendors` makes the table again
+(`tools/check_vendors.py`). The rows of ncnn are checked by rules written from its documentation, not by its tools;
+those of MNN and ncnn that differ are one grouped convolution with several outputs in each group: ncnn has one scale
+for each group, which the writer says, and MNN's cause is not known yet.
+
+"""
 SCHEMES = ("w8a8-asym-pc", "w8a8-sym-pc", "w8a8-asym-pt", "w4a8-asym-pc", "w4a8-sym-pc")
 OPERATORS = (
     *("Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Gelu", "Gemm", "GlobalAveragePool", "MatMul"),
@@ -334,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += rows_of(reader, run_reader(root, reader, pythons[reader.python]), lost)
     text = table_of(rows, skipped)
     if options.output:
-        options.output.write_text(text)
+        options.output.write_text(HEAD + text)
     else:
         print(text, end="")
     problems = problems_of(rows)
