@@ -44,8 +44,7 @@ def write_model(path: Path, proto: onnx.ModelProto) -> None:
         with _replacing(data) as temporary:
             offsets = _copy_values(external, temporary)
         proto = _relocated(proto, data.name, offsets)
-    with _replacing(path) as temporary:
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    write_bytes(path, proto.SerializeToString(deterministic=True))
 
 
 def _copy_values(tensors: list[onnx.TensorProto], path: Path) -> dict[str, int]:
@@ -74,8 +73,22 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         ExportError: if the file cannot be written.
     """
-    with _replacing(path) as temporary:
-        temporary.write_bytes((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes, another: str = "--out") -> None:
+    """Write a file.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        another: what to choose another of where it cannot be written.
+
+    Raises:
+        ExportError: if it cannot be written.
+    """
+    with _replacing(path, another) as temporary:
+        temporary.write_bytes(content)
 
 
 def file_sha256(path: Path) -> str:
@@ -88,7 +101,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path, another: str = "--out") -> Iterator[Path]:
     """A temporary file that becomes `path` in the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -97,4 +110,5 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ExportError(f"cannot write '{path}' ({error.strerror}): free the disk or choose another --out") from error
+        remedy = f"free the disk or choose another {another}"
+        raise ExportError(f"cannot write '{path}' ({error.strerror}): {remedy}") from error

@@ -13,8 +13,9 @@ from helpers import build, normal, save
 
 from onnxqt.budget import Budget, choose_bits, error_of
 from onnxqt.candidates import Candidate
-from onnxqt.cli.writing import overrides_text, write_bytes
+from onnxqt.cli.writing import overrides_text
 from onnxqt.errors import ExportError, UsageError
+from onnxqt.files import write_bytes
 from onnxqt.overrides import Override, Overrides, read_overrides
 from onnxqt.pipeline import Settings, calibrated, open_workspace
 from onnxqt.runtime import Session

@@ -27,9 +27,9 @@ from onnxqt.advice import (
 from onnxqt.cli.options import DATA, JSON, MODEL, OVERRIDES, PREPROCESS, RANGES, STRIP_QDQ, opened, options
 from onnxqt.cli.output import print_json, print_table
 from onnxqt.cli.progress import Bar
-from onnxqt.cli.writing import overrides_text, write_bytes
+from onnxqt.cli.writing import overrides_text
 from onnxqt.errors import UsageError
-from onnxqt.files import make_folder
+from onnxqt.files import make_folder, write_bytes
 from onnxqt.ingest import ingest
 from onnxqt.model import input_specs
 from onnxqt.overrides import Overrides, read_overrides

@@ -33,8 +33,9 @@ from onnxqt.cli.options import (
 from onnxqt.cli.output import percent, print_json, print_table
 from onnxqt.cli.progress import Bar
 from onnxqt.cli.training import ROBUST_TO, TRAINING, regimes_named, training_of
-from onnxqt.cli.writing import overrides_text, write_bytes
+from onnxqt.cli.writing import overrides_text
 from onnxqt.errors import UsageError
+from onnxqt.files import write_bytes
 from onnxqt.mixed import Mixed
 from onnxqt.pictures import TAILS_PICTURE, TRAINING_PICTURE, tail_length
 from onnxqt.pipeline import SCHEMES_FOLDER, TABLE, calibrated, export_table, keep_table, make_table, open_workspace

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from onnxqt.cli.options import MODEL
-from onnxqt.cli.writing import write_bytes
 from onnxqt.errors import UsageError
+from onnxqt.files import write_bytes
 from onnxqt.html import make_page, read_run
 
 PAGE = "report.html"

@@ -23,9 +23,8 @@ from onnxqt.cli.options import (
 )
 from onnxqt.cli.output import few, print_json
 from onnxqt.cli.progress import Bar
-from onnxqt.cli.writing import write_bytes
 from onnxqt.errors import ExportError, UsageError
-from onnxqt.files import make_folder, write_model
+from onnxqt.files import make_folder, write_bytes, write_model
 from onnxqt.ingest import ingest
 from onnxqt.model import Model
 from onnxqt.pipeline import TABLE, calibrated, keep_table, make_table, open_workspace, plan_of, run_folder

@@ -1,29 +1,9 @@
-"""Files that commands write themselves: what was chosen, and files for vendors' tools."""
+"""Text of the files that commands write themselves."""
 
-import contextlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
-from onnxqt.errors import ExportError
 from onnxqt.overrides import Overrides
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it.
-
-    Raises:
-        ExportError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ExportError(f"cannot write '{path}' ({error.strerror}): free the disk or choose another --out") from error
 
 
 def overrides_text(overrides: Overrides) -> str:

@@ -4,8 +4,6 @@ docs/table.md describes every field. The same table gives the same bytes, and a 
 the one that was written, bit by bit.
 """
 
-import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from onnxqt.errors import ExportError, first_line
-from onnxqt.files import file_sha256
+from onnxqt.files import file_sha256, write_bytes
 from onnxqt.numerics import Array
 from onnxqt.table.decode import decode_table
 from onnxqt.table.encode import FORMAT, NUMERICS, VERSION, entry_json, json_text
@@ -37,7 +35,7 @@ def write_table(table: Table, path: Path) -> list[Path]:
     arrays: dict[str, Array] = {}
     tensors = [entry_json(entry, str(index), arrays) for index, entry in enumerate(table.entries)]
     if arrays:
-        _write(sibling, save(arrays))
+        write_bytes(sibling, save(arrays), "file")
     name, _, version = table.producer.partition(" ")
     content = {
         "format": FORMAT,
@@ -55,7 +53,7 @@ def write_table(table: Table, path: Path) -> list[Path]:
         "arrays_sha256": file_sha256(sibling) if arrays else None,
         "tensors": tensors,
     }
-    _write(path, (json_text(content) + "\n").encode())
+    write_bytes(path, (json_text(content) + "\n").encode(), "file")
     return [path, sibling] if arrays else [path]
 
 
@@ -119,14 +117,3 @@ def _sibling(path: Path) -> Path:
     if sibling == path:
         raise ExportError(f"'{path}' cannot be the JSON file of a table: name it {path.stem}.json")
     return sibling
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ExportError(f"cannot write '{path}' ({error.strerror}): free the disk or choose another file") from error
